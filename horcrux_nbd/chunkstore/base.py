@@ -82,7 +82,7 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def put_exclusive(self, key: str, data: bytes) -> None:
-        """Store `data` under `key` if there is nothing; raises KeyExists, and changes nothing, else.
+        """Store `data` under `key` if nothing is there; else raise KeyExists and change nothing.
 
         Of any number of callers on any hosts exactly one returns. When it raises StoreUnavailable
         the object may be there or not, and may hold `data`. Whole or not at all; durable.
@@ -103,15 +103,6 @@ class ChunkStore(ABC):
         return True
 
     @abstractmethod
-    def list(self, prefix: str = "", after: str = "", limit: int | None = None) -> Iterator[Stat]:
-        """Objects whose key begins with `prefix`, those above `after` only, by key in byte order.
-
-        `prefix` may end inside a part. At most `limit` of them. Nothing there is no error. Objects
-        put or deleted meanwhile may show or not; every other shows once. Names that are no keys
-        (files left by something else, unfinished uploads) do not show.
-        """
-
-    @abstractmethod
     def children(self, prefix: str) -> list[str]:
         """The parts that follow `prefix` (empty, or ending in `/`), sorted, each once.
 
@@ -123,7 +114,16 @@ class ChunkStore(ABC):
     def delete(self, key: str) -> None:
         """Remove the object; no error where there is none."""
 
-    def close(self) -> None:
+    @abstractmethod
+    def list(self, prefix: str = "", after: str = "", limit: int | None = None) -> Iterator[Stat]:
+        """Objects whose key begins with `prefix`, those above `after` only, by key in byte order.
+
+        `prefix` may end inside a part. At most `limit` of them. Nothing there is no error. Objects
+        put or deleted meanwhile may show or not; every other shows once. Names that are no keys
+        (files left by something else, unfinished uploads) do not show.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing
         """Give up connections. The store is not used after."""
 
     def __enter__(self) -> ChunkStore:
