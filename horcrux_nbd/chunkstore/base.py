@@ -15,12 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from ..errors import UsageError
+from ..errors import KeyNotFound, UsageError
 
 MAX_KEY = 1000  # S3 allows 1,024 bytes, some of which a prefix takes
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}"
+_NAME = re.compile(_PART)
 _KEY = re.compile(rf"{_PART}(?:/{_PART})*")
 _PREFIX = re.compile(rf"(?:{_PART}(?:/{_PART})*/?)?")
+
+
+def is_part(name: str) -> bool:
+    """Whether `name` can be one part of a key; for names found in a folder."""
+    return bool(_NAME.fullmatch(name))
 
 
 def check_key(key: str) -> str:
@@ -56,6 +62,7 @@ class ChunkStore(ABC):
 
     url: str  # canonical, without secrets; opens the same store again
     concurrency: int  # how many operations at once are worth having, at least 1
+    timeout: float = 0.0  # seconds without any answer after which an operation gives up; 0: none
 
     @abstractmethod
     def prepare(self) -> None:
@@ -63,6 +70,10 @@ class ChunkStore(ABC):
 
         Does nothing where it exists. Never makes a bucket: raises StoreMissing.
         """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise what is wrong with the place itself: missing, refused, away. One round trip."""
 
     @abstractmethod
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -77,7 +88,14 @@ class ChunkStore(ABC):
     def put(self, key: str, data: bytes) -> None:
         """Store `data` under `key`, replacing what was there, whole or not at all.
 
-        A reader sees the old bytes or the new. Durable when it returns.
+        A reader sees the old bytes or the new. This store object sees the new ones at once; others
+        see them, durably, when the next `sync` returns, if not before.
+        """
+
+    def sync(self) -> None:  # noqa: B027 - most stores are durable with each put
+        """Make all that was put before durable and visible to everybody.
+
+        A local folder makes a thousand puts durable at the price of one this way.
         """
 
     @abstractmethod
@@ -94,8 +112,6 @@ class ChunkStore(ABC):
 
     def exists(self, key: str) -> bool:
         """Whether there is an object under `key`."""
-        from ..errors import KeyNotFound
-
         try:
             self.stat(key)
         except KeyNotFound:
@@ -136,6 +152,13 @@ class ChunkStore(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def check_folder(prefix: str) -> str:
+    """`prefix` itself if `children` takes it: empty, or a key and a slash. Raises UsageError."""
+    if prefix and not prefix.endswith("/"):
+        raise UsageError(f"{prefix[:80]!r} is no folder of keys: it ends in no slash")
+    return check_prefix(prefix)
 
 
 def check_range(offset: int, length: int | None) -> None:

@@ -1,0 +1,136 @@
+"""Commits: immutable versions of an image (docs/format.md, "Commits").
+
+The plaintext is JSON in one canonical form (ASCII, sorted keys, no spaces), so that equal commits
+have equal ids and any language can read them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import Damaged, UsageError
+from ..units import KiB, MiB, format_size
+from .index import MAX_LEVELS, levels_for
+from .objects import ID_SIZE, NULL_ID, Kind, ObjectTooNew, object_id
+from .patch import BLOCK_SIZE
+
+MIN_CHUNK = 64 * KiB
+MAX_CHUNK = 64 * MiB
+DEFAULT_CHUNK = 512 * KiB
+MAX_COMMIT = 1 * MiB  # bytes of plaintext; bounds what a reader allocates
+MAX_IMAGE = 1 << 62  # bytes; NBD and off_t end at 2^63 - 1
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
+
+
+def check_chunk_size(size: int) -> int:
+    """`size` itself if chunks can have it (bytes); raises UsageError else."""
+    if not MIN_CHUNK <= size <= MAX_CHUNK or size & (size - 1):
+        raise UsageError(
+            f"chunk size {format_size(size)} cannot be: take a power of two from "
+            f"{MIN_CHUNK // KiB}K to {MAX_CHUNK // MiB}M"
+        )
+    return size
+
+
+def now() -> str:
+    """This moment as commits and refs write it: UTC, whole microseconds, `…Z`."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One version. Sizes are in bytes; `index` is NULL_ID for an image of zeros."""
+
+    image: str
+    size: int
+    chunk_size: int
+    index: bytes
+    parents: tuple[bytes, ...] = ()
+    author: str = ""
+    time: str = ""
+    message: str = ""
+    tags: dict[str, str] = field(default_factory=dict)  # free key=value notes, e.g. ticket=4711
+    filesystem: str | None = None
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the image has; the last may reach beyond `size` (zeros there)."""
+        return -(-self.size // self.chunk_size)
+
+    @property
+    def levels(self) -> int:
+        """The height of the index tree."""
+        return levels_for(self.chunks)
+
+    def encode(self) -> bytes:
+        """The canonical plaintext. UsageError where it is over MAX_COMMIT."""
+        value = {
+            "author": self.author,
+            "chunk_size": self.chunk_size,
+            "filesystem": self.filesystem,
+            "image": self.image,
+            "index": self.index.hex(),
+            "message": self.message,
+            "parents": [parent.hex() for parent in self.parents],
+            "size": self.size,
+            "tags": self.tags,
+            "time": self.time,
+            "version": 1,
+        }
+        plain = json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+        if len(plain) > MAX_COMMIT:
+            raise UsageError(f"message and tags are over {format_size(MAX_COMMIT)}: shorten them")
+        return plain
+
+    @property
+    def id(self) -> bytes:
+        return object_id(Kind.COMMIT, self.encode())
+
+    @classmethod
+    def decode(cls, plain: bytes) -> Commit:
+        """The commit in `plain`. Raises Damaged, ObjectTooNew."""
+        try:
+            value = json.loads(plain)
+            if value["version"] > 1:
+                raise ObjectTooNew("a commit is of a newer format than this program: upgrade it")
+            commit = cls(
+                image=_text(value["image"]),
+                size=int(value["size"]),
+                chunk_size=check_chunk_size(int(value["chunk_size"])),
+                index=_id(value["index"]),
+                parents=tuple(_id(parent) for parent in value["parents"]),
+                author=_text(value["author"]),
+                time=_text(value["time"]),
+                message=_text(value["message"]),
+                tags={_text(k): _text(v) for k, v in value["tags"].items()},
+                filesystem=None if value["filesystem"] is None else _text(value["filesystem"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+            raise Damaged(f"a commit object cannot be read ({error!r})") from None
+        if not 0 <= commit.size <= MAX_IMAGE or commit.levels > MAX_LEVELS:
+            raise Damaged(f"a commit object claims an image of {commit.size} bytes")
+        if NULL_ID in commit.parents or not _TIME.fullmatch(commit.time):
+            raise Damaged("a commit object has a broken parent or time")
+        return commit
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _id(value: Any) -> bytes:
+    oid = bytes.fromhex(_text(value))
+    if len(oid) != ID_SIZE:
+        raise ValueError(f"{value!r} is no id")
+    return oid
+
+
+def block_count(size: int) -> int:
+    """4 KiB blocks in `size` bytes, the last one perhaps in part."""
+    return -(-size // BLOCK_SIZE)

@@ -1,0 +1,251 @@
+"""A repository: the objects and refs that Horcrux keeps in one chunk store.
+
+Reading needs no lock and no server: a reader that sees a ref sees everything below it, because
+writers go from the leaves up (docs/format.md, "Order of writing").
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..chunkstore.base import ChunkStore
+from ..errors import (
+    Damaged,
+    EnvironmentProblem,
+    KeyExists,
+    KeyNotFound,
+    NotFound,
+    StoreError,
+    UsageError,
+)
+from ..names import Version, looks_like_id
+from .commits import DEFAULT_CHUNK, MAX_COMMIT, Commit, check_chunk_size, now
+from .index import NODE_SIZE, Index
+from .objects import ID_SIZE, Kind, decode, encode, key_id, object_id, object_key, peek_kind
+from .patch import max_patch_size, resolve
+from .refs import Refs, suggest
+
+log = logging.getLogger(__name__)
+
+CONFIG_KEY = "horcrux.json"
+FORMAT = 1
+HASH = "blake3-256"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A version that exists: what was asked for, the commit's id, and the commit."""
+
+    version: Version
+    id: bytes
+    commit: Commit
+
+
+class Repository:
+    """An open repository. Safe to use from any number of threads."""
+
+    def __init__(self, store: ChunkStore, id: str, chunk_size: int) -> None:
+        self.store = store
+        self.id = id  # tells repositories apart, whatever their URL; a copy keeps it
+        self.chunk_size = chunk_size  # for new images, bytes
+        self.refs = Refs(store)
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    # ---- open and make
+
+    @classmethod
+    def open(cls, store: ChunkStore) -> Repository:
+        """The repository in `store`. Raises NotFound where there is none, Damaged, StoreError."""
+        try:
+            data = store.get(CONFIG_KEY)
+        except KeyNotFound:
+            raise NotFound(
+                f"{store.url} holds no Horcrux repository (no {CONFIG_KEY}): check the URL, or "
+                "make one with `horcrux-cli generate`"
+            ) from None
+        try:
+            config = json.loads(data)
+            version, hash_name = config["format"], config["hash"]
+            if version > FORMAT or hash_name != HASH or config["features"]:
+                raise EnvironmentProblem(
+                    f"{store.url} is a repository of format {version} ({hash_name}, needs "
+                    f"{', '.join(config['features']) or 'no extras'}), newer than this program, "
+                    f"which reads format {FORMAT}: upgrade horcrux-nbd"
+                )
+            repository = cls(store, str(config["id"]), int(config["chunk_size"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damaged(
+                f"{store.url}: {CONFIG_KEY} cannot be read ({error!r}): restore it from a copy"
+            ) from None
+        return repository
+
+    @classmethod
+    def create(cls, store: ChunkStore, chunk_size: int = DEFAULT_CHUNK) -> Repository:
+        """Make a repository in `store`, or open the one that is there already."""
+        check_chunk_size(chunk_size)
+        store.prepare()
+        try:
+            return cls.open(store)
+        except NotFound:
+            pass
+        if next(store.list(limit=1), None) is not None and not _only_ours(store):
+            raise StoreError(
+                f"{store.url} holds something else already: choose an empty place, or a folder "
+                "(a prefix) below it"
+            )
+        check_exclusive_create(store)
+        config = {
+            "chunk_size": chunk_size,
+            "created": now(),
+            "features": [],
+            "format": FORMAT,
+            "hash": HASH,
+            "id": secrets.token_hex(16),
+        }
+        try:
+            store.put_exclusive(
+                CONFIG_KEY, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+            )
+        except KeyExists:  # somebody made it at the same moment
+            log.info("%s was made by somebody else just now", store.url)
+        return cls.open(store)
+
+    # ---- objects
+
+    def max_plain(self, kinds: Sequence[Kind], chunk_size: int) -> int:
+        """The most plaintext that an object of `kinds` can have, in bytes."""
+        bounds = {
+            Kind.CHUNK: chunk_size,
+            Kind.PATCH: max_patch_size(chunk_size),
+            Kind.NODE: NODE_SIZE,
+            Kind.COMMIT: MAX_COMMIT,
+        }
+        return max(bounds[kind] for kind in kinds)
+
+    def read_object(
+        self, oid: bytes, kinds: tuple[Kind, ...], chunk_size: int = 0
+    ) -> tuple[Kind, bytes]:
+        """Kind and verified plaintext of one object from the store.
+
+        `chunk_size` bounds chunks and patches. Raises Damaged, which names the object, also for
+        one that is missing; StoreUnavailable and others as `ChunkStore.get` does.
+        """
+        bound = self.max_plain(kinds, chunk_size)
+        try:
+            data = self.store.get(object_key(oid))
+        except KeyNotFound:
+            raise Damaged(
+                f"object {oid.hex()} is missing in {self.url}: `horcrux-cli verify` lists what is"
+            ) from None
+        return decode(data, oid, kinds, bound, self.url)
+
+    def read_chunk(self, oid: bytes, chunk_size: int) -> bytes:
+        """The bytes of the chunk that an index entry names, patches applied."""
+
+        def fetch(ids: Sequence[bytes]) -> Mapping[bytes, tuple[Kind, bytes]]:
+            return {i: self.read_object(i, (Kind.CHUNK, Kind.PATCH), chunk_size) for i in ids}
+
+        return resolve(oid, chunk_size, fetch)
+
+    def write_object(self, kind: Kind, plain: bytes) -> bytes:
+        """Store one object, whether it is there or not; its id."""
+        oid = object_id(kind, plain)
+        self.store.put(object_key(oid), encode(kind, plain))
+        return oid
+
+    def read_commit(self, oid: bytes) -> Commit:
+        """One commit. Raises Damaged."""
+        return Commit.decode(self.read_object(oid, (Kind.COMMIT,))[1])
+
+    def index(self, commit: Commit) -> Index:
+        """The index of a version, read from the store as it is walked."""
+        return Index(
+            commit.index, commit.levels, lambda oid: self.read_object(oid, (Kind.NODE,))[1]
+        )
+
+    # ---- versions
+
+    def resolve(self, version: Version) -> Resolved:
+        """The commit that `IMAGE@REF` names: a branch, else a tag, else the beginning of an id.
+
+        Raises NotFound, which names what there is, or UsageError for an id that several share.
+        """
+        name, steps = version.base_and_steps
+        oid = self._base(version.image, name)
+        if oid is None:
+            self.refs.require_image(version.image)
+            known = self.refs.branches(version.image) + self.refs.tags(version.image)
+            raise NotFound(f"{version.image} has no version {name!r}{suggest(name, known)}")
+        commit = self.read_commit(oid)
+        for step in range(steps):
+            if not commit.parents:
+                raise NotFound(
+                    f"{version}: {version.image}@{name} has only {step} versions before it"
+                )
+            oid = commit.parents[0]
+            commit = self.read_commit(oid)
+        return Resolved(version, oid, commit)
+
+    def _base(self, image: str, name: str) -> bytes | None:
+        head = self.refs.head(image, name)
+        if head is not None and head.commit is not None:
+            return head.commit
+        tag = self.refs.tag(image, name)
+        if tag is not None:
+            return tag.commit
+        return self._by_id(image, name) if looks_like_id(name) else None
+
+    def _by_id(self, image: str, text: str) -> bytes | None:
+        if len(text) == 2 * ID_SIZE:
+            oid = bytes.fromhex(text)
+            if not self.store.exists(object_key(oid)):
+                return None
+            return oid if self.read_commit(oid).image == image else None
+        found = []
+        for entry in self.store.list(f"objects/{text[:2]}/{text}"):
+            candidate = key_id(entry.key)
+            if candidate is None:
+                continue
+            head = self.store.get(entry.key, 0, 16)
+            if (
+                peek_kind(head, entry.key) is Kind.COMMIT
+                and self.read_commit(candidate).image == image
+            ):
+                found.append(candidate)
+        if len(found) > 1:
+            several = ", ".join(oid.hex()[: len(text) + 4] for oid in found[:4])
+            raise UsageError(f"id {text} of {image} is ambiguous ({several}): write more digits")
+        return found[0] if found else None
+
+
+def _only_ours(store: ChunkStore) -> bool:
+    """Whether `store` holds nothing but what an interrupted `create` leaves."""
+    return set(store.children("")) <= {"probe"}
+
+
+def check_exclusive_create(store: ChunkStore) -> None:
+    """Prove that `store` honours exclusive create; raises StoreError where it does not.
+
+    Some S3 servers take `If-None-Match: *` and overwrite all the same: two writers would both
+    believe to have moved a branch. So it is tried out on a key of its own.
+    """
+    key = f"probe/{secrets.token_hex(8)}"
+    store.put_exclusive(key, b"first")
+    try:
+        store.put_exclusive(key, b"second")
+    except KeyExists:
+        pass
+    else:
+        raise StoreError(
+            f"{store.url} ignores exclusive create (If-None-Match): versions pushed there by two "
+            "people at once would be lost. Use it read-only, or a store that honours it"
+        )
+    finally:
+        store.delete(key)
