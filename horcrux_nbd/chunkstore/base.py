@@ -71,9 +71,9 @@ class ChunkStore(ABC):
         Does nothing where it exists. Never makes a bucket: raises StoreMissing.
         """
 
-    @abstractmethod
     def check(self) -> None:
-        """Raise what is wrong with the place itself: missing, refused, away. One round trip."""
+        """Raise what is wrong with the place itself: missing, refused, away. Cheap."""
+        next(self.list(limit=1), None)
 
     @abstractmethod
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:

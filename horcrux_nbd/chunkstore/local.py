@@ -1,0 +1,193 @@
+"""`cp://`: a chunk store in a local folder, or in one that is mounted from elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+from .. import files
+from ..errors import (
+    KeyExists,
+    KeyNotFound,
+    NoSpace,
+    StoreError,
+    StoreFull,
+    StoreMissing,
+    StoreRefused,
+    StoreUnavailable,
+)
+from . import base, walk
+from .base import ChunkStore, Stat
+from .url import StoreURL
+
+CONCURRENCY = 8  # enough to keep a disk's queue busy; the page cache needs none
+
+# What network file systems and pulled disks give while they are away.
+_AWAY = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EAGAIN,
+}
+_NO_OBJECT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+
+
+class LocalStore(ChunkStore):
+    """Objects are files below one folder, published whole (files.publish).
+
+    An exclusive put is link(2), which fails where the name exists and is atomic on NFS too.
+    """
+
+    def __init__(self, url: StoreURL, *, concurrency: int | None = None) -> None:
+        self.url = str(url)
+        self.concurrency = concurrency or CONCURRENCY
+        self._root = url.path
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{base.check_key(key)}"
+
+    def _error(self, error: OSError, doing: str) -> StoreError:
+        """What `error` means for the caller."""
+        why = f"{self.url}: {doing}: {os.strerror(error.errno or errno.EIO)}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return StoreRefused(f"{why}: check owner, mode and mount of {self._root}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreFull(f"{why}: free some space there")
+        if error.errno in _AWAY:
+            return StoreUnavailable(why)
+        return StoreError(why)
+
+    def check(self) -> None:
+        try:
+            mode = os.stat(self._root).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreMissing(f"{self.url}: there is no folder {self._root}") from None
+        except OSError as error:
+            raise self._error(error, "cannot look at the folder") from error
+        if not stat.S_ISDIR(mode):
+            raise StoreMissing(f"{self.url}: {self._root} is not a folder")
+
+    def prepare(self) -> None:
+        try:
+            files.make_folder(self._root)
+        except OSError as error:
+            raise self._error(error, "cannot make the folder") from error
+        self.check()
+
+    def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        base.check_range(offset, length)
+        path = self._path(key)
+        try:
+            # O_NONBLOCK: a FIFO that somebody left there must not hang us; files ignore it.
+            with files.opened(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise KeyNotFound(self.url, key)
+                rest = max(status.st_size - offset, 0)
+                return _read(fd, rest if length is None else min(rest, length), offset)
+        except OSError as error:
+            raise self._no_object(error, key) from error
+
+    def _no_object(self, error: OSError, key: str) -> StoreError:
+        if error.errno in _NO_OBJECT or error.errno == errno.ENXIO:  # ENXIO: a socket
+            self.check()  # a folder that was unmounted is not a missing object
+            return KeyNotFound(self.url, key)
+        return self._error(error, f"cannot read {key}")
+
+    def put(self, key: str, data: bytes) -> None:
+        self._publish(key, data, exclusive=False)
+
+    def put_exclusive(self, key: str, data: bytes) -> None:
+        self._publish(key, data, exclusive=True)
+
+    def _publish(self, key: str, data: bytes, *, exclusive: bool) -> None:
+        path = self._path(key)
+        try:
+            try:
+                files.publish(path, data, exclusive=exclusive)
+            except FileNotFoundError:
+                self.check()  # make folders below the root, never the root itself
+                files.make_folder(os.path.dirname(path))
+                files.publish(path, data, exclusive=exclusive)
+        except FileExistsError:
+            raise KeyExists(self.url, key) from None
+        except NoSpace as error:
+            raise StoreFull(f"{self.url}: no space left for {key}: free some there") from error
+        except OSError as error:
+            raise self._error(error, f"cannot store {key}") from error
+
+    def stat(self, key: str) -> Stat:
+        try:
+            status = os.stat(self._path(key))
+        except OSError as error:
+            raise self._no_object(error, key) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise KeyNotFound(self.url, key)
+        return Stat(key, status.st_size, status.st_mtime)
+
+    def children(self, prefix: str) -> list[str]:
+        entries = self._scan(base.check_folder(prefix))
+        return sorted(
+            entry.name
+            for entry in entries
+            if base.is_part(entry.name) and (entry.is_folder or entry.look())
+        )
+
+    def delete(self, key: str) -> None:
+        try:
+            os.unlink(self._path(key))
+        except OSError as error:
+            if error.errno not in _NO_OBJECT:
+                raise self._error(error, f"cannot delete {key}") from error
+            self.check()
+
+    def _scan(self, folder: str) -> list[walk.Entry]:
+        try:
+            with os.scandir(f"{self._root}/{folder}") as entries:
+                return [walk.Entry(e.name, e.is_dir(), _Look(e)) for e in entries]
+        except (FileNotFoundError, NotADirectoryError):
+            self.check()
+            return []
+        except OSError as error:
+            raise self._error(error, f"cannot list {folder or 'the folder'}") from error
+
+    def list(self, prefix: str = "", after: str = "", limit: int | None = None) -> Iterator[Stat]:
+        return walk.walk(self._scan, base.check_prefix(prefix), after, limit)
+
+
+class _Look:
+    """Size and time of a directory entry, when somebody asks."""
+
+    __slots__ = ("_entry",)
+
+    def __init__(self, entry: os.DirEntry[str]) -> None:
+        self._entry = entry
+
+    def __call__(self) -> tuple[int, float] | None:
+        with contextlib.suppress(FileNotFoundError):
+            status = self._entry.stat()
+            if stat.S_ISREG(status.st_mode):
+                return status.st_size, status.st_mtime
+        return None
+
+
+def _read(fd: int, length: int, offset: int) -> bytes:
+    """Up to `length` bytes at `offset`. One call gives 2 GiB at most on Linux."""
+    parts: list[bytes] = []
+    while length > 0:
+        part = os.pread(fd, length, offset)
+        if not part:
+            break
+        parts.append(part)
+        length -= len(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
