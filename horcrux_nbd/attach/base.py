@@ -1,0 +1,112 @@
+"""What an attached volume is, however it was attached, and how that outlives the program.
+
+Each way to attach (`kernel_nbd`, `ublk`, `fuse_loop`) has the functions of `Driver`. The way in for
+others is `device.py`.
+
+**Invariant:** everything that an attachment leaves in the system can be found again from its
+`state` folder alone, without `attachment.json`, which is written last. So a crash between any two
+steps leaves nothing that `clean_up` does not find.
+
+**Invariant:** the caller holds the volume's lock around attach, detach, reconnect and clean_up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import files
+from ..errors import Damaged
+from .processes import Process, boot_id
+
+RECORD = "attachment.json"
+CONNECTIONS = 4  # 4 KiB cold reads: 3,130/s over one connection, 10,097/s over four (PEERS.md)
+REQUEST_TIMEOUT = 90  # seconds; above our fetch budget of 60 s, so the server's answer comes first
+DEAD_TIMEOUT = 300  # seconds that requests queue for a server that is being started again
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A volume that is a block device of this host now."""
+
+    via: str  # "nbd", "ublk" or "fuse"
+    device: str  # /dev/nbd3, /dev/ublkb0, /dev/loop5
+    socket: str  # where the server listens
+    state: str  # our private folder
+    name: str  # the volume
+    size: int  # bytes
+    read_only: bool = False
+    connections: int = CONNECTIONS
+    processes: tuple[Process, ...] = ()  # helpers of ours that must live (nbdfuse, nbdublk)
+    boot: str = field(default_factory=boot_id)
+
+    def save(self) -> None:
+        files.publish_json(Path(self.state) / RECORD, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Attachment:
+        """Raises Damaged if `value` is not what `to_json` gave."""
+        try:
+            processes = tuple(Process(**process) for process in value["processes"])
+            return cls(**{**value, "processes": processes})
+        except (TypeError, KeyError) as error:
+            raise Damaged(f"{RECORD} is not the record of an attachment ({error})") from error
+
+    @classmethod
+    def load(cls, state: Path) -> Attachment | None:
+        """The attachment recorded in `state`; None if there is none, or one of an earlier boot."""
+        try:
+            attachment = cls.from_json(files.read_json(state / RECORD))
+        except FileNotFoundError:
+            return None
+        return attachment if attachment.boot == boot_id() else None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `attach` was asked for; see `device.attach`."""
+
+    socket: Path
+    name: str
+    state: Path
+    read_only: bool
+    connections: int
+    request_timeout: int
+    dead_timeout: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """How an attachment is. `alive` means that reads and writes can be answered."""
+
+    alive: bool
+    problem: str = ""  # one line, where not alive
+
+
+class Driver(Protocol):
+    """The functions of a module that attaches in one way."""
+
+    NAME: str
+
+    def missing(self) -> tuple[str, str] | None:
+        """What this machine lacks for it and how to get it; None if nothing."""
+
+    def attach(self, request: Request) -> Attachment:
+        """A device that is ready for I/O. Undoes itself on failure."""
+
+    def detach(self, attachment: Attachment, *, timeout: float, force: bool) -> None:
+        """Release the device. The caller made sure that nobody uses it, unless `force`."""
+
+    def status(self, attachment: Attachment) -> Status:
+        """Without I/O on the device."""
+
+    def reconnect(self, attachment: Attachment) -> bool:
+        """Bring a device back whose server was started again; False if there was no need."""
+
+    def clean_up(self, state: Path, timeout: float) -> list[str]:
+        """Take away what a crash left behind of `state`; one line about each thing removed."""

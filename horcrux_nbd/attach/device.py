@@ -1,0 +1,125 @@
+"""A served volume as a block device of this host: attach, detach, and what to do after a crash."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from .. import files
+from ..errors import Busy, EnvironmentProblem, NotFound
+from . import busy, choose
+from .base import CONNECTIONS, DEAD_TIMEOUT, RECORD, REQUEST_TIMEOUT, Attachment, Request, Status
+
+TIMEOUT = 30.0  # seconds for one step of a detach
+
+
+def attach(
+    socket: Path,
+    *,
+    name: str,
+    state: Path,
+    read_only: bool = False,
+    via: str | None = None,
+    connections: int = CONNECTIONS,
+    request_timeout: int = REQUEST_TIMEOUT,
+    dead_timeout: int = DEAD_TIMEOUT,
+) -> Attachment:
+    """Make the NBD server that listens on `socket` a block device, and record it in `state`.
+
+    `state` is a folder for this attachment alone, made with mode 0700 and removed by `detach`.
+    `via` is "nbd", "ublk" or "fuse", or None for the best. Time-outs are in seconds: one request
+    may take `request_timeout`, and requests wait `dead_timeout` for a server that went away (kernel
+    NBD). Raises Busy if `state` holds an attachment, NotFound if there is no socket,
+    EnvironmentProblem, TimedOut; then nothing is left behind.
+    """
+    if os.geteuid() != 0:
+        raise EnvironmentProblem(
+            f"attaching {name} to this host needs root: use sudo, or `horcrux-cli serve` and give "
+            "its socket to qemu, guestfish or nbdcopy, which need no root"
+        )
+    driver = choose.choose(via)
+    if not _is_socket(socket):
+        raise NotFound(f"no NBD server listens on {socket}: serve the volume first")
+    state = state.absolute()
+    if state.exists():
+        if attached := Attachment.load(state):
+            raise Busy(f"{name} is attached already, as {attached.device}: detach it first")
+        clean_up(state)
+    files.make_folder(state.parent, mode=0o700)
+    state.mkdir(mode=0o700)
+    try:
+        attachment = driver.attach(
+            Request(
+                socket=socket.absolute(),
+                name=name,
+                state=state,
+                read_only=read_only,
+                connections=connections,
+                request_timeout=request_timeout,
+                dead_timeout=dead_timeout,
+            )
+        )
+        attachment.save()
+    except BaseException:
+        clean_up(state)
+        raise
+    return attachment
+
+
+def detach(attachment: Attachment, *, timeout: float = TIMEOUT, force: bool = False) -> None:
+    """Flush and release the device, stop our helpers, remove `state`. Safe to call again.
+
+    Its file systems have to be unmounted before. Raises Busy, which names who uses the device, and
+    TimedOut if a step takes longer than `timeout` seconds (the server does not answer). `force`
+    goes through nevertheless: it unmounts, and what has not reached the server by then is lost.
+    """
+    state = Path(attachment.state)
+    current = Attachment.load(state)
+    if current is not None and current != attachment:
+        raise Busy(f"{attachment.name} was attached anew as {current.device}: detach that one")
+    if current is not None:
+        users = busy.users_of_device(attachment.device)
+        if users and not force:
+            raise Busy(
+                f"{attachment.device} ({attachment.name}) is in use by {busy.describe(users)}"
+            )
+        driver = choose.DRIVERS[attachment.via]
+        driver.detach(attachment, timeout=timeout, force=force)
+    clean_up(state, timeout=timeout)
+
+
+def status(attachment: Attachment) -> Status:
+    """Whether the device still works, told without touching it."""
+    if Attachment.load(Path(attachment.state)) != attachment:
+        return Status(False, f"{attachment.device} is of an earlier boot, or was detached")
+    return choose.DRIVERS[attachment.via].status(attachment)
+
+
+def reconnect(attachment: Attachment) -> bool:
+    """For a supervisor that started the server again: True if the device had to be connected."""
+    return choose.DRIVERS[attachment.via].reconnect(attachment)
+
+
+def clean_up(state: Path, *, timeout: float = TIMEOUT) -> list[str]:
+    """Remove everything that `state` ever led to, whatever died when; one line about each thing.
+
+    For what a crash left: it unmounts, lazily where it must, and does not wait for a server. Never
+    for an attachment that works, which `detach` ends with its data flushed.
+    """
+    state = state.absolute()
+    removed = []
+    for driver in choose.DRIVERS.values():
+        removed += driver.clean_up(state, timeout)
+    if state.exists():
+        (state / RECORD).unlink(missing_ok=True)
+        files.sweep_temporaries(state)
+        state.rmdir()  # not rmtree: never into something that is still mounted below
+    return removed
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

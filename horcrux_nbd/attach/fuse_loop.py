@@ -1,0 +1,203 @@
+"""Attach with no kernel module of NBD: a FUSE file (nbdfuse) with a loop device on it.
+
+    file system → /dev/loopN (direct I/O) → STATE/fuse/nbd → nbdfuse → NBD socket
+
+Flush and discard go all the way: the loop device turns them into fsync and fallocate, nbdfuse into
+NBD flush and trim (tests/attach/test_fuse_loop.py watches them arrive).
+
+- Direct I/O, because a second page cache below the file system's own makes it four times slower,
+  and holds dirty pages that writeback can only clean with the help of nbdfuse.
+- Sectors of 512 bytes: file systems with smaller blocks than 4 KiB, xfs's log and images whose size
+  is no multiple of 4 KiB need them, and file systems send 4 KiB blocks either way.
+- nbdfuse serves its file with mode 0666, so it is mounted in a folder that only root enters.
+- nbdfuse does not connect again to a server that was restarted: see `reconnecting.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from ..errors import EnvironmentProblem
+from .base import Attachment, Request, Status
+from .mountinfo import mounted_at
+from .processes import (
+    ENVIRONMENT,
+    Process,
+    ProgramFailed,
+    TimedOut,
+    io_flusher,
+    run,
+    wait_until,
+    with_argument,
+)
+
+NAME = "fuse"
+START_TIMEOUT = 30.0  # seconds for nbdfuse to connect; the server may fetch an index root first
+PROGRAMS = {"nbdfuse": "libnbd-bin", "losetup": "mount", "umount": "mount"}
+FOLDER, FILE, PIDFILE, LOG = "fuse", "nbd", "nbdfuse.pid", "nbdfuse.log"
+
+
+class FuseLoop:
+    NAME = NAME
+
+    def missing(self) -> tuple[str, str] | None:
+        for program, package in PROGRAMS.items():
+            if not shutil.which(program, path=ENVIRONMENT["PATH"]):
+                return f"{program} is not installed", f"apt-get install {package}"
+        for node, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
+            if not os.path.exists(node):
+                return f"{node} is not there", f"modprobe {module}, or give it to the container"
+        return None
+
+    def attach(self, request: Request) -> Attachment:
+        nbdfuse = self._start_nbdfuse(request)
+        file = request.state / FOLDER / FILE
+        device = run(
+            [
+                "losetup",
+                "--find",
+                "--show",
+                "--direct-io=on",
+                *(["--read-only"] if request.read_only else []),
+                str(file),
+            ],
+            START_TIMEOUT,
+        ).strip()
+        sysfs = Path("/sys/block") / Path(device).name
+        if (sysfs / "loop/dio").read_text().strip() != "1":
+            raise EnvironmentProblem(f"{device} does no direct I/O on a FUSE file: kernel too old")
+        return Attachment(
+            via=NAME,
+            device=device,
+            socket=str(request.socket),
+            state=str(request.state),
+            name=request.name,
+            size=int((sysfs / "size").read_text()) * 512,
+            read_only=request.read_only or (sysfs / "ro").read_text().strip() == "1",
+            connections=request.connections,
+            processes=(nbdfuse,),
+        )
+
+    def _start_nbdfuse(self, request: Request) -> Process:
+        folder, pidfile = request.state / FOLDER, request.state / PIDFILE
+        folder.mkdir(mode=0o700)
+        argv = [
+            "nbdfuse",
+            # nbdfuse 1.14 never uses the last of its connections, so ask for one more.
+            f"--connections={request.connections + 1}",
+            *(["--readonly"] if request.read_only else []),
+            "--pidfile",
+            str(pidfile),
+            str(folder),
+            "--unix",
+            str(request.socket),
+        ]
+        with open(request.state / LOG, "ab") as log, io_flusher():
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=ENVIRONMENT,
+                start_new_session=True,  # it outlives us and our terminal
+            )
+        process = Process.of(child.pid)
+
+        def ready() -> bool:
+            return child.poll() is not None or (pidfile.exists() and pidfile.stat().st_size > 0)
+
+        if not wait_until(ready, START_TIMEOUT):
+            raise TimedOut(
+                f"nbdfuse was not ready within {START_TIMEOUT:.0f} s: {self._said(request.state)}"
+            )
+        if child.returncode is not None or process is None:
+            raise EnvironmentProblem(f"nbdfuse did not start: {self._said(request.state)}")
+        return process
+
+    def _said(self, state: Path) -> str:
+        with contextlib.suppress(OSError):
+            lines = (state / LOG).read_text(errors="replace").strip().splitlines()
+            return lines[-1] if lines else "it said nothing"
+        return "it said nothing"
+
+    def detach(self, attachment: Attachment, *, timeout: float, force: bool) -> None:
+        state = Path(attachment.state)
+        if force:
+            # Whatever waits for the server wakes up with an error, and nothing new can wait.
+            for process in _nbdfuses(state):
+                process.signal(signal.SIGKILL)
+        else:
+            run(["sync", attachment.device], timeout)  # what was written and never flushed
+        self.clean_up(state, timeout, orderly=not force)
+
+    def status(self, attachment: Attachment) -> Status:
+        state = Path(attachment.state)
+        for process in attachment.processes:
+            if not process.alive():
+                return Status(False, f"nbdfuse (pid {process.pid}) died: {self._said(state)}")
+        if attachment.device not in loop_devices(state / FOLDER / FILE):
+            return Status(False, f"{attachment.device} was released by somebody else")
+        return Status(True)
+
+    def reconnect(self, attachment: Attachment) -> bool:
+        return False
+
+    def clean_up(self, state: Path, timeout: float, orderly: bool = False) -> list[str]:
+        """With `orderly`, a step that fails ends it, with everything else still working."""
+        removed = []
+        file, folder = state / FOLDER / FILE, state / FOLDER
+        devices = loop_devices(file)
+        if devices and not orderly:
+            for process in _nbdfuses(state):
+                process.signal(signal.SIGKILL)
+        for device in devices:
+            run(["losetup", "--detach", device], timeout)
+            if not wait_until(lambda: not loop_devices(file), timeout):
+                raise TimedOut(f"{device} is still in use after {timeout:.0f} s: see `fuser -vm`")
+            removed.append(f"released {device}")
+        while mounted_at(folder):
+            try:
+                run(["umount", "--internal-only", "--no-canonicalize", str(folder)], timeout)
+            except (ProgramFailed, TimedOut):
+                if orderly:
+                    raise
+                run(["umount", "--internal-only", "--no-canonicalize", "-l", str(folder)], timeout)
+            removed.append(f"unmounted {folder}")
+        for process in _nbdfuses(state):
+            # Unmounting ends it; one that had not mounted yet, or is wedged, is told to.
+            if not process.wait_gone(timeout if orderly else 1.0) and not process.stop(1.0):
+                raise TimedOut(
+                    f"nbdfuse (pid {process.pid}) cannot be ended: reboot to be rid of it"
+                )
+            removed.append(f"ended nbdfuse {process.pid}")
+        for name in (PIDFILE, LOG):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(state / name)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()
+        return removed
+
+
+def loop_devices(file: Path) -> list[str]:
+    """The loop devices whose backing file is `file`, told by sysfs without touching it."""
+    found = []
+    for name in sorted(os.listdir("/sys/block")):
+        if name.startswith("loop"):
+            with contextlib.suppress(OSError):  # not bound, or just being released
+                backing = Path(f"/sys/block/{name}/loop/backing_file").read_text().rstrip("\n")
+                if backing.removesuffix(" (deleted)") == str(file):
+                    found.append(f"/dev/{name}")
+    return found
+
+
+def _nbdfuses(state: Path) -> list[Process]:
+    return with_argument("nbdfuse", str(state / FOLDER))
+
+
+DRIVER = FuseLoop()
