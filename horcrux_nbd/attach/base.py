@@ -18,13 +18,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import files
-from ..errors import Damaged
+from ..errors import Damaged, EnvironmentProblem
 from .processes import Process, boot_id
+from .sockets import listener
 
 RECORD = "attachment.json"
 CONNECTIONS = 4  # 4 KiB cold reads: 3,130/s over one connection, 10,097/s over four (PEERS.md)
 REQUEST_TIMEOUT = 90  # seconds; above our fetch budget of 60 s, so the server's answer comes first
 DEAD_TIMEOUT = 300  # seconds that requests queue for a server that is being started again
+
+
+class CannotReconnect(EnvironmentProblem):
+    """The server was started again, and this way to attach cannot take up with it."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(
+            f"{attachment.device} ({attachment.name}) lost its server and --via {attachment.via} "
+            "cannot connect again: `detach --force`, then attach and mount again; what was flushed "
+            "is there"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,9 @@ class Attachment:
     connections: int = CONNECTIONS
     processes: tuple[Process, ...] = ()  # helpers of ours that must live (nbdfuse, nbdublk)
     boot: str = field(default_factory=boot_id)
+    # Inode of the server's socket: tells a restarted server. Changes with a reconnect, and is no
+    # part of what makes two records the same attachment.
+    server: int = field(default=0, compare=False)
 
     def save(self) -> None:
         files.publish_json(Path(self.state) / RECORD, self.to_json())
@@ -86,6 +101,7 @@ class Status:
 
     alive: bool
     problem: str = ""  # one line, where not alive
+    reconnect: bool = False  # whether `device.reconnect` is what it needs
 
 
 class Driver(Protocol):
@@ -105,8 +121,18 @@ class Driver(Protocol):
     def status(self, attachment: Attachment) -> Status:
         """Without I/O on the device."""
 
-    def reconnect(self, attachment: Attachment) -> bool:
-        """Bring a device back whose server was started again; False if there was no need."""
+    def reconnect(self, attachment: Attachment) -> None:
+        """Connect to a server that was started again. CannotReconnect if this way has no means."""
 
     def clean_up(self, state: Path, timeout: float) -> list[str]:
         """Take away what a crash left behind of `state`; one line about each thing removed."""
+
+
+def server_status(attachment: Attachment) -> Status:
+    """Whether the server that it was attached to still listens."""
+    current = listener(Path(attachment.socket))
+    if current == 0:
+        return Status(False, f"the server on {attachment.socket} is gone: serve the volume again")
+    if current != attachment.server:
+        return Status(False, f"the server on {attachment.socket} was started again", True)
+    return Status(True)

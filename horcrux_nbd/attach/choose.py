@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import EnvironmentProblem, UsageError
-from . import fuse_loop, ublk
+from . import fuse_loop, kernel_nbd, ublk
 from .base import Driver
 
-# Best first. Kernel NBD before ublk: it queues requests while the server restarts, and ublk waits
+# Best first. Kernel NBD before ublk: it queues requests while the server restarts, and ublk depends
 # on one more process of ours.
-DRIVERS: dict[str, Driver] = {driver.NAME: driver for driver in (ublk.DRIVER, fuse_loop.DRIVER)}
+DRIVERS: dict[str, Driver] = {
+    driver.NAME: driver for driver in (kernel_nbd.DRIVER, ublk.DRIVER, fuse_loop.DRIVER)
+}
 
 
 @dataclass(frozen=True)

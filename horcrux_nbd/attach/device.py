@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 from .. import files
 from ..errors import Busy, EnvironmentProblem, NotFound
 from . import busy, choose
 from .base import CONNECTIONS, DEAD_TIMEOUT, RECORD, REQUEST_TIMEOUT, Attachment, Request, Status
+from .sockets import listener
 
 TIMEOUT = 30.0  # seconds for one step of a detach
 
@@ -49,6 +51,7 @@ def attach(
     files.make_folder(state.parent, mode=0o700)
     state.mkdir(mode=0o700)
     try:
+        server = listener(socket.absolute())
         attachment = driver.attach(
             Request(
                 socket=socket.absolute(),
@@ -60,6 +63,7 @@ def attach(
                 dead_timeout=dead_timeout,
             )
         )
+        attachment = replace(attachment, server=server)
         attachment.save()
     except BaseException:
         clean_up(state)
@@ -96,9 +100,20 @@ def status(attachment: Attachment) -> Status:
     return choose.DRIVERS[attachment.via].status(attachment)
 
 
-def reconnect(attachment: Attachment) -> bool:
-    """For a supervisor that started the server again: True if the device had to be connected."""
-    return choose.DRIVERS[attachment.via].reconnect(attachment)
+def reconnect(attachment: Attachment) -> Attachment:
+    """For a supervisor that started the server again; the attachment as it is from then on.
+
+    Requests that wait go on. Safe to call when nothing was lost. Raises CannotReconnect for ways
+    other than kernel NBD, NotFound if no server listens, HorcruxError if it serves another image.
+    """
+    server = listener(Path(attachment.socket))
+    if server and server == attachment.server:
+        return attachment
+    choose.DRIVERS[attachment.via].reconnect(attachment)
+    # Noted before connecting: a restart in between is one more difference to find, not one less.
+    attachment = replace(attachment, server=server)
+    attachment.save()
+    return attachment
 
 
 def clean_up(state: Path, *, timeout: float = TIMEOUT) -> list[str]:

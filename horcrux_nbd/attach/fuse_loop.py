@@ -10,7 +10,7 @@ NBD flush and trim (tests/attach/test_fuse_loop.py watches them arrive).
 - Sectors of 512 bytes: file systems with smaller blocks than 4 KiB, xfs's log and images whose size
   is no multiple of 4 KiB need them, and file systems send 4 KiB blocks either way.
 - nbdfuse serves its file with mode 0666, so it is mounted in a folder that only root enters.
-- nbdfuse does not connect again to a server that was restarted: see `reconnecting.py`.
+- nbdfuse does not connect again to a server that was restarted: then detach and attach anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 from pathlib import Path
 
 from ..errors import EnvironmentProblem
-from .base import Attachment, Request, Status
+from .base import Attachment, CannotReconnect, Request, Status, server_status
 from .mountinfo import mounted_at
 from .processes import (
     ENVIRONMENT,
@@ -143,10 +143,10 @@ class FuseLoop:
                 return Status(False, f"nbdfuse (pid {process.pid}) died: {self._said(state)}")
         if attachment.device not in loop_devices(state / FOLDER / FILE):
             return Status(False, f"{attachment.device} was released by somebody else")
-        return Status(True)
+        return server_status(attachment)
 
-    def reconnect(self, attachment: Attachment) -> bool:
-        return False
+    def reconnect(self, attachment: Attachment) -> None:
+        raise CannotReconnect(attachment)
 
     def clean_up(self, state: Path, timeout: float, orderly: bool = False) -> list[str]:
         """With `orderly`, a step that fails ends it, with everything else still working."""

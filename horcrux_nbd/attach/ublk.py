@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from ..errors import EnvironmentProblem, HorcruxError
-from .base import Attachment, Request, Status
+from .base import Attachment, CannotReconnect, Request, Status, server_status
 from .processes import (
     ENVIRONMENT,
     Process,
@@ -93,11 +93,10 @@ class Ublk:
         for process in attachment.processes:
             if not process.alive():
                 return Status(False, f"nbdublk (pid {process.pid}) died")
-        return Status(_is_device(Path(attachment.device)))
+        return server_status(attachment)
 
-    def reconnect(self, attachment: Attachment) -> bool:
-        """nbdublk has no way to connect again."""
-        return False
+    def reconnect(self, attachment: Attachment) -> None:
+        raise CannotReconnect(attachment)
 
     def clean_up(self, state: Path, timeout: float) -> list[str]:
         try:
