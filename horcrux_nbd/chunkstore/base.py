@@ -29,9 +29,14 @@ def is_part(name: str) -> bool:
     return bool(_NAME.fullmatch(name))
 
 
+def is_key(key: str) -> bool:
+    """Whether `check_key` would take it; for names that a store lists."""
+    return len(key) <= MAX_KEY and bool(_KEY.fullmatch(key))
+
+
 def check_key(key: str) -> str:
-    """`key` itself if it is one; raises UsageError else. For input, and for what `list` finds."""
-    if len(key) > MAX_KEY or not _KEY.fullmatch(key):
+    """`key` itself if it is one; raises UsageError else."""
+    if not is_key(key):
         raise UsageError(f"{key[:80]!r} is no key of a chunk store")
     return key
 

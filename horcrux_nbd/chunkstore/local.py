@@ -135,7 +135,7 @@ class LocalStore(ChunkStore):
         return Stat(key, status.st_size, status.st_mtime)
 
     def children(self, prefix: str) -> list[str]:
-        entries = self._scan(base.check_folder(prefix))
+        (entries,) = self._scan([base.check_folder(prefix)])
         return sorted(
             entry.name
             for entry in entries
@@ -150,7 +150,10 @@ class LocalStore(ChunkStore):
                 raise self._error(error, f"cannot delete {key}") from error
             self.check()
 
-    def _scan(self, folder: str) -> list[walk.Entry]:
+    def _scan(self, folders: list[str]) -> Iterator[list[walk.Entry]]:
+        return map(self._entries, folders)
+
+    def _entries(self, folder: str) -> list[walk.Entry]:
         try:
             with os.scandir(f"{self._root}/{folder}") as entries:
                 return [walk.Entry(e.name, e.is_dir(), _Look(e)) for e in entries]

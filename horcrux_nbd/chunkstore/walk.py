@@ -17,7 +17,9 @@ class Entry:
     look: Callable[[], tuple[int, float] | None]
 
 
-Scan = Callable[[str], Iterable[Entry]]  # of a folder: "" or "a/b/"; nothing where there is none
+# Of folders ("" or "a/b/"), what is in each, in their order; nothing for one that is not there.
+# Many at once, so that a store with a round trip for each can put them together.
+Scan = Callable[[list[str]], Iterator[Iterable[Entry]]]
 
 
 def folder_of(prefix: str) -> str:
@@ -30,29 +32,35 @@ def walk(scan: Scan, prefix: str, after: str, limit: int | None) -> Iterator[Sta
     if limit is not None and limit <= 0:
         return
     count = 0
-    for key, entry in _walk(scan, folder_of(prefix), prefix, after):
-        found = entry.look()
-        if found is None:
+    folder = folder_of(prefix)
+    for entries in scan([folder]):
+        for key, entry in _walk(scan, folder, entries, prefix, after):
+            found = entry.look()
+            if found is None:
+                continue
+            yield Stat(key, *found)
+            count += 1
+            if count == limit:
+                return
+
+
+def _walk(
+    scan: Scan, folder: str, entries: Iterable[Entry], prefix: str, after: str
+) -> Iterator[tuple[str, Entry]]:
+    wanted = []
+    for entry in entries:
+        if not is_part(entry.name):
             continue
-        yield Stat(key, *found)
-        count += 1
-        if count == limit:
-            return
-
-
-def _walk(scan: Scan, folder: str, prefix: str, after: str) -> Iterator[tuple[str, Entry]]:
-    # A folder sorts as if its slash were part of its name: "a-b" comes before "a/c".
-    entries = [
-        (f"{folder}{entry.name}{'/' if entry.is_folder else ''}", entry)
-        for entry in scan(folder)
-        if is_part(entry.name)
-    ]
-    entries.sort(key=lambda pair: pair[0])
-    for key, entry in entries:
+        # A folder sorts as if its slash were part of its name: "a-b" comes before "a/c".
+        key = f"{folder}{entry.name}{'/' if entry.is_folder else ''}"
         if len(key) > MAX_KEY or not (key.startswith(prefix) or prefix.startswith(key)):
             continue
+        if key > after or (entry.is_folder and after.startswith(key)):
+            wanted.append((key, entry))
+    wanted.sort(key=lambda pair: pair[0])
+    below = scan([key for key, entry in wanted if entry.is_folder])
+    for key, entry in wanted:
         if entry.is_folder:
-            if after < key or after.startswith(key):
-                yield from _walk(scan, key, prefix, after)
-        elif key.startswith(prefix) and key > after:
+            yield from _walk(scan, key, next(below), prefix, after)
+        elif key.startswith(prefix):
             yield key, entry
