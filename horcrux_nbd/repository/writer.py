@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -50,6 +50,7 @@ class ObjectWriter:
         self._known = set(known)
         self._complete = False  # whether `_known` is all that the store has
         self._lock = threading.Lock()
+        self._error: BaseException | None = None
         self._futures: set[Future[bytes]] = set()
         workers = max(os.cpu_count() or 1, repository.store.concurrency)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="write")
@@ -68,13 +69,18 @@ class ObjectWriter:
                 self._known.add(oid)
         self._complete = True
 
-    def submit(self, kind: Kind, plain: bytes) -> Future[bytes]:
-        """Store an object in the background; the future gives its id.
+    def submit(self, kind: Kind, make: Callable[[], bytes]) -> Future[bytes]:
+        """Store the object whose plaintext `make` returns, in the background; gives its id.
 
-        An all-zero chunk is never stored: its id is NULL_ID. Waits while too much is under way.
+        `make` runs in the pool as well, so that reading is parallel too. An all-zero chunk is
+        never stored: its id is NULL_ID. Waits while too much is under way; raises the first error
+        of what was submitted before.
         """
         self._slots.acquire()
-        future = self._pool.submit(self._write, kind, plain)
+        if self._error is not None:
+            self._slots.release()
+            raise self._error
+        future = self._pool.submit(self._write, kind, make)
         with self._lock:
             self._futures.add(future)
         future.add_done_callback(self._done)
@@ -82,11 +88,15 @@ class ObjectWriter:
 
     def _done(self, future: Future[bytes]) -> None:
         self._slots.release()
-        if not future.cancelled() and future.exception() is None:
-            with self._lock:
-                self._futures.discard(future)
+        if future.cancelled():
+            return
+        error = future.exception()
+        with self._lock:
+            self._futures.discard(future)
+            self._error = self._error or error
 
-    def _write(self, kind: Kind, plain: bytes) -> bytes:
+    def _write(self, kind: Kind, make: Callable[[], bytes]) -> bytes:
+        plain = make()
         if kind is Kind.CHUNK and not any_bytes(plain):
             return NULL_ID
         return self.write(kind, plain)
@@ -113,9 +123,9 @@ class ObjectWriter:
         """Wait until all that was submitted is stored, and durable. Raises the first error."""
         with self._lock:
             pending = set(self._futures)
-        done, _ = wait(pending, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
+        wait(pending, return_when=FIRST_EXCEPTION)
+        if self._error is not None:
+            raise self._error
         self.repository.store.sync()
 
     def __enter__(self) -> ObjectWriter:

@@ -1,0 +1,138 @@
+"""Generate: a disk image becomes a version in a repository, only new chunks stored."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from .chunkstore.base import ChunkStore
+from .errors import NotFound
+from .names import DEFAULT_BRANCH, check_name
+from .progress import Progress
+from .repository.commits import DEFAULT_CHUNK, Commit, now
+from .repository.index import Index
+from .repository.objects import NULL_ID, Kind
+from .repository.refs import BranchRecord
+from .repository.repository import Repository
+from .repository.writer import (
+    LIST_FROM,
+    ObjectWriter,
+    Written,
+    check_same_chunks,
+    publish_commit,
+    write_index,
+)
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` made. `problems` are files that changed while they were read."""
+
+    id: bytes
+    commit: Commit
+    record: BranchRecord
+    written: Written
+    read_bytes: int
+    problems: list[str]
+
+
+def chunk_numbers(source: Source, chunk_size: int) -> Iterator[int]:
+    """The chunks that may hold data, ascending, each once."""
+    done = 0
+    for offset, length in source.extents():
+        if length:
+            first, stop = offset // chunk_size, -(-(offset + length) // chunk_size)
+            yield from range(max(first, done), stop)
+            done = max(done, stop)
+
+
+def generate(
+    source: Source,
+    store: ChunkStore,
+    image: str,
+    *,
+    chunk_size: int | None = None,
+    branch: str = DEFAULT_BRANCH,
+    author: str,
+    message: str,
+    progress: Progress | None = None,
+) -> Generated:
+    """Make `source` the next version of `image` on `branch`; makes the repository if need be.
+
+    `chunk_size` in bytes: by default the image's own, the repository's, or 512 KiB. Interrupted at
+    any moment it leaves the image as it was; run again, it stores only what is missing. Raises
+    BranchMoved where somebody else made a version meanwhile; StoreError; OSError from the source.
+    """
+    check_name("image", image)
+    check_name("branch", branch)
+    progress = progress or Progress()
+    repository = Repository.create(store, chunk_size or DEFAULT_CHUNK)
+    head = repository.refs.head(image, branch)
+    parent = head.commit if head else None
+    old = repository.read_commit(parent) if parent else None
+    if old is None and head is None and repository.refs.branches(image):
+        raise NotFound(f"image {image} has no branch {branch!r}: make it from a version first")
+    if old is not None and chunk_size is not None:
+        check_same_chunks(old, chunk_size)
+    size = old.chunk_size if old else chunk_size or repository.chunk_size
+    tree = repository.index(old) if old else None
+
+    numbers = list(chunk_numbers(source, size))
+    progress.start(f"generate {image}", len(numbers) * size)
+    changes: dict[int, bytes] = {}
+    lock = threading.Lock()
+
+    with ObjectWriter(repository, expected=_news(numbers, old)) as writer:
+
+        def submit(number: int) -> None:
+            def make() -> bytes:
+                return source.read(number * size, size)
+
+            def done(future: Future[bytes]) -> None:
+                progress.advance(size)
+                if not future.cancelled() and future.exception() is None:
+                    with lock:
+                        changes[number] = future.result()
+
+            writer.submit(Kind.CHUNK, make).add_done_callback(done)
+
+        for number in numbers:
+            submit(number)
+        writer.barrier()
+        commit = Commit(
+            image=image,
+            size=source.size,
+            chunk_size=size,
+            index=NULL_ID,
+            parents=(parent,) if parent else (),
+            author=author,
+            time=now(),
+            message=message,
+            filesystem=source.filesystem,
+        )
+        root = write_index(writer, tree, commit.levels, _changes(tree, changes), keep=commit.chunks)
+        commit = Commit(**{**commit.__dict__, "index": root})
+        record = publish_commit(writer, commit, branch, parent, why=f"generate: {message}"[:200])
+        assert record.commit is not None
+        return Generated(
+            record.commit, commit, record, writer.written, len(numbers) * size, source.problems()
+        )
+
+
+def _news(numbers: list[int], old: Commit | None) -> int:
+    """How many objects to expect: below LIST_FROM each is asked for, from there on all are listed.
+
+    A first version in an empty repository needs neither; the listing says so at once.
+    """
+    return max(len(numbers), LIST_FROM if old is None else 0)
+
+
+def _changes(tree: Index | None, found: dict[int, bytes]) -> list[tuple[int, bytes]]:
+    """What `found`, the whole new image, changes in `tree`: ascending (chunk, id)."""
+    old = tree.entries() if tree is not None else iter(())
+    gone = ((number, NULL_ID) for number, _ in old if number not in found)
+    return sorted(itertools.chain(found.items(), gone))

@@ -1,0 +1,207 @@
+"""What `plugin.py` does: the configuration, start and end of one nbdkit process.
+
+Everything that can be wrong with the request is found before nbdkit goes into the background, so
+that it is told on the command line; threads and connections start after it has forked.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+
+from . import __version__, paths
+from .errors import HorcruxError, UsageError
+from .names import check_name, check_ref
+from .repository.repository import Resolved
+from .units import MiB, parse_size
+from .volume import volume as volumes
+from .volume.volume import Volume
+
+__all__ = ["BLOCK_SIZES", "CONFIG_HELP", "Server", "__version__", "errno_of", "extents"]
+
+log = logging.getLogger(__name__)
+
+KEYS = {
+    "volume": "a volume that horcrux-cli made: its name, or its folder",
+    "repo": "URL of a repository: cp:///path, scp://user@host:/path, s3://bucket/prefix, …",
+    "name": "the image",
+    "ref": "its branch, tag or commit id (default: main)",
+    "overlay": "folder for what is written, made if missing",
+    "readonly": "true: serve the version itself (then overlay may be left out)",
+    "cache": "folder of the cache (default: this host's)",
+    "cache_size": "most bytes of it, e.g. 20G",
+    "timeout": "seconds that a read waits for a store that is away (default: 60)",
+    "log": "debug, info, warning (default) or error",
+}
+CONFIG_HELP = "\n".join(f"{key}=<{key.upper()}>  {text}." for key, text in KEYS.items())
+
+# Smallest, preferred, largest request. Anything works; whole 4 KiB blocks need no reading first.
+BLOCK_SIZES = (1, 4096, 32 * MiB)
+_HOLE, _ZERO = 1, 2  # NBD_STATE_HOLE, NBD_STATE_ZERO
+MAX_EXTENTS = 4096  # in one answer; the client asks on
+
+_YES = {"1": True, "true": True, "on": True, "yes": True}
+_NO = {"0": False, "false": False, "off": False, "no": False}
+
+
+def errno_of(error: BaseException) -> int:
+    """The errno that the client gets."""
+    return getattr(error, "errno", None) or errno.EIO
+
+
+class Server:
+    """One nbdkit process: one volume, or one version read-only."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._volume: Volume | None = None
+        self._resolved: Resolved | None = None
+        self._folder: Path | None = None
+        self.export = ""
+        self.description = ""
+
+    # ---- before the fork
+
+    def configure(self, key: str, value: str) -> None:
+        """One `key=value` of the command line. Raises UsageError."""
+        if key not in KEYS:
+            raise UsageError(f"unknown key {key!r}: the keys are {', '.join(KEYS)}")
+        if key in self._values:
+            raise UsageError(f"{key}= is given twice")
+        if not value:
+            raise UsageError(f"{key}= is empty")
+        self._values[key] = value
+
+    def configured(self) -> None:
+        """All keys are here. Raises UsageError."""
+        values = self._values
+        if "volume" in values:
+            others = set(values) & {"repo", "name", "ref", "overlay"}
+            if others:
+                raise UsageError(f"volume= already says it all: leave out {sorted(others)[0]}=")
+        elif "repo" not in values and "overlay" not in values:
+            raise UsageError("say what to serve: repo= and name= (and overlay=), or volume=")
+        if "name" in values:
+            check_name("image", values["name"])
+        if "ref" in values:
+            check_ref(values["ref"])
+        self._flag("readonly")
+        self._cache_size()
+        self._limit()
+        _set_up_log(values.get("log", os.environ.get("HORCRUX_LOG", "warning")))
+        if "volume" in values:
+            name = values["volume"]
+            self._folder = (
+                Path(name) if "/" in name else paths.volumes() / check_name("volume", name)
+            )
+        elif "overlay" in values:
+            self._folder = Path(values["overlay"])
+
+    def _flag(self, key: str) -> bool:
+        text = self._values.get(key, "false").lower()
+        if text not in _YES and text not in _NO:
+            raise UsageError(f"{key}={text}: say true or false")
+        return text in _YES
+
+    def _cache_size(self) -> int | None:
+        text = self._values.get("cache_size")
+        return None if text is None else parse_size(text, "cache_size")
+
+    def _limit(self) -> float:
+        text = self._values.get("timeout", str(volumes.STORE_LIMIT))
+        try:
+            limit = float(text)
+        except ValueError:
+            limit = -1
+        if not 1 <= limit <= 86400:
+            raise UsageError(f"timeout={text}: give seconds, 1 to 86400")
+        return limit
+
+    def prepare(self) -> None:
+        """Check all that can be wrong, make the overlay. Leaves no thread and no connection."""
+        values = self._values
+        self._resolved = volumes.prepare(
+            self._folder,
+            values.get("repo"),
+            values.get("name"),
+            values.get("ref"),
+            read_only=self._flag("readonly"),
+        )
+        # Opened once here for its errors: a served, damaged or foreign one is told on the spot.
+        with_volume = self._open()
+        self.export = with_volume.base.commit.image
+        self.description = f"{with_volume.name}: {with_volume.base.commit.message}".strip(": ")[
+            :200
+        ]
+        with_volume.close()
+
+    def _open(self) -> Volume:
+        cache = self._values.get("cache")
+        folder = None if cache is None else Path(cache)
+        if self._folder is not None:
+            return Volume.open(
+                self._folder,
+                cache=folder,
+                cache_size=self._cache_size(),
+                read_only=self._flag("readonly"),
+                store_limit=self._limit(),
+            )
+        assert self._resolved is not None
+        return Volume.open_version(
+            self._values["repo"],
+            self._resolved,
+            cache=folder,
+            cache_size=self._cache_size(),
+            store_limit=self._limit(),
+        )
+
+    # ---- after it
+
+    def start(self) -> None:
+        """Open the volume for good."""
+        self._volume = self._open()
+        log.info("serving %s (%d bytes)", self._volume.name, self._volume.size)
+
+    def connect(self, export: str) -> Volume:
+        """What a client gets that asked for `export`."""
+        if export not in ("", self.export):
+            raise UsageError(f"there is no export {export!r} here, only {self.export!r}")
+        assert self._volume is not None
+        return self._volume
+
+    def stop(self) -> None:
+        """Flush and close."""
+        if self._volume is not None:
+            self._volume.close()
+            self._volume = None
+
+
+def extents(volume: Volume, offset: int, count: int, one: bool) -> list[tuple[int, int, int]]:
+    """(offset, length, NBD state) of the range, or of its first piece."""
+    found: list[tuple[int, int, int]] = []
+    for start, stop, allocated, zero in volume.extents(offset, count):
+        state = (0 if allocated else _HOLE) | (_ZERO if zero else 0)
+        found.append((start, stop - start, state))
+        if one or len(found) >= MAX_EXTENTS:
+            break
+    return found
+
+
+def _set_up_log(level: str) -> None:
+    levels = {"debug", "info", "warning", "error"}
+    if level.lower() not in levels:
+        raise UsageError(f"log={level}: say {', '.join(sorted(levels))}")
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="horcrux: %(levelname)s: %(message)s"
+    )
+    # boto3 and paramiko tell a lot, and some of it is none of a log's business.
+    for library in ("boto3", "botocore", "urllib3", "paramiko"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def message_of(error: BaseException) -> str:
+    """The line that a user sees."""
+    return str(error) if isinstance(error, HorcruxError) else repr(error)

@@ -1,0 +1,178 @@
+"""The base of a volume: one version of an image, read lazily through cache and store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..errors import Damaged
+from ..repository.commits import Commit
+from ..repository.index import Index
+from ..repository.objects import NULL_ID, Kind
+from ..repository.repository import Repository
+from .cache import Cache
+from .fetch import Background, SingleFlight
+from .readahead import ReadAhead
+
+log = logging.getLogger(__name__)
+
+# A waiter gives up after this; the store's own limit (60 s) ends the fetch before that.
+WAIT_LIMIT = 75.0
+# A damaged object is fetched this often in all before a read fails: the store may have healed.
+ATTEMPTS = 2
+
+
+@dataclass
+class Figures:
+    """Counts since the start. Bytes are of plaintext."""
+
+    fetched_chunks: int = 0
+    fetched_bytes: int = 0
+    fetch_errors: int = 0
+
+
+class Base:
+    """One version, read-only. Safe to use from any number of threads."""
+
+    def __init__(self, repository: Repository, commit: Commit, cache: Cache) -> None:
+        self.commit = commit
+        self._repository, self._cache = repository, cache
+        self._chunk_size = commit.chunk_size
+        self._index = Index(commit.index, commit.levels, self._load_node)
+        self._nodes = SingleFlight(self._fetch_node, WAIT_LIMIT)
+        self._chunks = SingleFlight(self._fetch_chunk, WAIT_LIMIT)
+        self._read_ahead = ReadAhead(commit.chunk_size, commit.chunks)
+        self._figures_lock = threading.Lock()
+        self.figures = Figures()
+        # One slot of the store is left for a reader that waits.
+        threads = max(1, min(16, repository.store.concurrency - 1))
+        self._background = Background(self._prefetch, threads)
+
+    # ---- reading
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the version's bytes from `offset`; zeros behind its end."""
+        size = self._chunk_size
+        first, last = offset // size, (offset + len(view) - 1) // size
+        ahead = self._read_ahead.observe(first, last)
+        if ahead:
+            self._background.wish(ahead)
+        if first == last:
+            self._read_chunk(first, offset - first * size, view)
+            return
+        self._background.wish(n for n in range(first + 1, last + 1) if not self._present(n))
+        for number in range(first, last + 1):
+            low = max(offset, number * size)
+            high = min(offset + len(view), (number + 1) * size)
+            self._read_chunk(number, low - number * size, view[low - offset : high - offset])
+
+    def _read_chunk(self, number: int, offset: int, view: memoryview) -> None:
+        oid = self._index.lookup(number) if number < self.commit.chunks else NULL_ID
+        if oid == NULL_ID:
+            view[:] = bytes(len(view))
+            return
+        cached = self._cache.open(oid)
+        if cached is not None:
+            if cached.read_into(offset, view):
+                return
+            self._cache.drop(oid)
+        content = self._chunks.get(oid)
+        view[:] = memoryview(content)[offset : offset + len(view)]
+
+    def _present(self, number: int) -> bool:
+        if number >= self.commit.chunks:
+            return True
+        if not self._index.is_cached(number):
+            return False
+        oid = self._index.lookup(number)
+        return oid == NULL_ID or self._cache.has(oid)
+
+    def _prefetch(self, number: int) -> None:
+        if number >= self.commit.chunks:
+            return
+        oid = self._index.lookup(number)
+        if oid != NULL_ID and not self._cache.has(oid):
+            self._chunks.get(oid)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Fetch [offset, offset + length) in the background."""
+        first, last = offset // self._chunk_size, (offset + length - 1) // self._chunk_size
+        self._background.wish(n for n in range(first, last + 1) if not self._present(n))
+
+    # ---- fetching
+
+    def _fetch_chunk(self, oid: bytes) -> bytes:
+        # Somebody else's flight may have ended between our look into the cache and this one.
+        cached = self._cache.open(oid) if self._cache.has(oid) else None
+        if cached is not None:
+            content = bytearray(self._chunk_size)
+            if cached.length == len(content) and cached.read_into(0, memoryview(content)):
+                return bytes(content)
+        chunk = self._verified(lambda: self._repository.read_chunk(oid, self._chunk_size))
+        self._cache.insert(oid, chunk)
+        with self._figures_lock:
+            self.figures.fetched_chunks += 1
+            self.figures.fetched_bytes += len(chunk)
+        return chunk
+
+    def _load_node(self, oid: bytes) -> bytes:
+        return self._cache.read(oid) or self._nodes.get(oid)
+
+    def _fetch_node(self, oid: bytes) -> bytes:
+        node = self._verified(lambda: self._repository.read_object(oid, (Kind.NODE,))[1])
+        self._cache.insert(oid, node, meta=True)
+        return node
+
+    def _verified(self, fetch: Callable[[], bytes]) -> bytes:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return fetch()
+            except Damaged as error:
+                log.error("%s (attempt %d of %d)", error, attempt, ATTEMPTS)
+                if attempt == ATTEMPTS:
+                    self._count_error()
+                    raise
+            except BaseException as error:
+                log.error("cannot fetch: %s", error)
+                self._count_error()
+                raise
+        raise AssertionError("unreachable")
+
+    def _count_error(self) -> None:
+        with self._figures_lock:
+            self.figures.fetch_errors += 1
+
+    # ---- extents and figures
+
+    def extents(self, offset: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, whether it can hold data) of pieces that cover [offset, stop).
+
+        Holes come from the index alone. May fetch nodes.
+        """
+        size, at = self._chunk_size, offset
+        first, last = offset // size, min(self.commit.chunks, -(-stop // size))
+        for number, _ in self._index.entries(first, last):
+            low, high = max(offset, number * size), min(stop, (number + 1) * size)
+            if low > at:
+                yield at, low, False
+            yield low, high, True
+            at = high
+        if at < stop:
+            yield at, stop, False
+
+    def present_bytes(self) -> tuple[int, int]:
+        """(bytes of chunks in the cache, bytes of chunks in all): whole chunks, zeros left out.
+
+        Walks the index, whose missing nodes it fetches, and looks up each chunk in the cache.
+        """
+        here = total = 0
+        for _, oid in self._index.entries():
+            total += 1
+            here += self._cache.has(oid)
+        return here * self._chunk_size, total * self._chunk_size
+
+    def close(self) -> None:
+        """Stop fetching in the background."""
+        self._background.stop()

@@ -1,0 +1,222 @@
+"""Which blocks of an overlay layer hold what, in memory.
+
+A block (4 KiB) is BASE (never written: look below), DATA (in the layer's data file) or ZERO. States
+are kept in groups of 128 blocks, a `bytes` of 128 states each, made when first written. A group
+that is in `_groups` is described by that alone; one that is not is ZERO if a zero range covers it,
+BASE else. So memory grows with what was written (about 300 bytes for each 512 KiB group), never
+with the image, and trimming a petabyte is one range.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+
+BASE, DATA, ZERO = 0, 1, 2
+
+GROUP_BITS = 7
+GROUP = 1 << GROUP_BITS  # blocks in a group
+
+_UNIFORM = {state: bytes([state]) * GROUP for state in (BASE, DATA, ZERO)}
+_STATES = [bytes([state]) for state in range(3)]
+
+
+class Ranges:
+    """A set of integers kept as sorted, disjoint, non-adjacent [start, stop) ranges.
+
+    One thread may `add` while others ask: the lists are replaced together, never changed.
+    """
+
+    def __init__(self) -> None:
+        self._lists: tuple[list[int], list[int]] = ([], [])
+
+    def add(self, start: int, stop: int) -> None:
+        starts, stops = self._lists
+        first = bisect_left(stops, start)  # the first range that touches or follows
+        last = bisect_right(starts, stop)
+        if first < last:
+            start = min(start, starts[first])
+            stop = max(stop, stops[last - 1])
+        self._lists = (
+            [*starts[:first], start, *starts[last:]],
+            [*stops[:first], stop, *stops[last:]],
+        )
+
+    def __contains__(self, value: int) -> bool:
+        starts, stops = self._lists
+        at = bisect_right(starts, value) - 1
+        return at >= 0 and value < stops[at]
+
+    def next_change(self, value: int) -> int | None:
+        """The least number above `value` where membership differs, None if there is none."""
+        starts, stops = self._lists
+        at = bisect_right(starts, value)
+        if at and value < stops[at - 1]:
+            return stops[at - 1]
+        return starts[at] if at < len(starts) else None
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(*self._lists, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._lists[0])
+
+
+class BlockMap:
+    """States of all blocks. Callers serialise `mark`; `runs` may run at any time beside it.
+
+    **Invariant:** a group's `bytes` is replaced, never changed in place, so a reader that holds one
+    sees one moment of it, and a flush may log it while writes go on.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, bytes] = {}
+        self._zeros = Ranges()  # of group numbers
+        self.dirty: set[int] = set()  # groups changed since `take_dirty`
+        self.dirty_zeros: list[tuple[int, int]] = []  # ranges of groups zeroed since then
+
+    def group(self, number: int) -> bytes:
+        """The 128 states of a group."""
+        states = self._groups.get(number)
+        if states is None:
+            zero = bool(self._zeros) and number in self._zeros
+            states = _UNIFORM[ZERO] if zero else _UNIFORM[BASE]
+        return states
+
+    def state(self, block: int) -> int:
+        return self.group(block >> GROUP_BITS)[block & (GROUP - 1)]
+
+    def uniform(self, first: int, stop: int) -> int | None:
+        """The state of all blocks in [first, stop) if they are in one group and alike."""
+        number = first >> GROUP_BITS
+        if (stop - 1) >> GROUP_BITS != number:
+            return None
+        states = self.group(number)
+        state = states[first & (GROUP - 1)]
+        if stop - first == 1 or states is _UNIFORM[state]:
+            return state
+        a = first & (GROUP - 1)
+        return state if states.count(state, a, a + stop - first) == stop - first else None
+
+    def mark(self, first: int, count: int, state: int) -> None:
+        """Give `count` blocks from `first` the state DATA or ZERO. Whole groups of ZERO cost O(1)
+        for each group that was written before, whatever the count.
+        """
+        stop = first + count
+        if state == ZERO and count >= GROUP:
+            low, high = -(-first >> GROUP_BITS), stop >> GROUP_BITS
+            if low < high:
+                self._mark(first, low << GROUP_BITS, state)
+                self._zero_groups(low, high)
+                first = high << GROUP_BITS
+        self._mark(first, stop, state)
+
+    def _mark(self, first: int, stop: int, state: int) -> None:
+        while first < stop:
+            number = first >> GROUP_BITS
+            a = first & (GROUP - 1)
+            b = min(GROUP, stop - (number << GROUP_BITS))
+            old = self.group(number)
+            if old.count(state, a, b) != b - a:
+                states = old[:a] + _STATES[state] * (b - a) + old[b:]
+                for whole in _UNIFORM.values():  # one object for all that are alike
+                    if states == whole:
+                        states = whole
+                self._groups[number] = states
+                self.dirty.add(number)
+            first = (number + 1) << GROUP_BITS
+
+    def _zero_groups(self, low: int, high: int) -> None:
+        if len(self._groups) < high - low:
+            gone = [number for number in self._groups if low <= number < high]
+        else:
+            gone = [number for number in range(low, high) if number in self._groups]
+        self._zeros.add(low, high)  # first, so that a reader never sees BASE between
+        for number in gone:
+            del self._groups[number]
+            self.dirty.discard(number)
+        self.dirty_zeros.append((low, high))
+
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(state, first, stop) of maximal runs of blocks in [first, stop), ascending."""
+        state, begin = -1, first
+        for now, low, high in self._pieces(first, stop):
+            if now != state:
+                if state >= 0:
+                    yield state, begin, low
+                state, begin = now, low
+            if high == stop:
+                yield state, begin, stop
+
+    def _pieces(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        while first < stop:
+            number = first >> GROUP_BITS
+            end = min(stop, (number + 1) << GROUP_BITS)
+            states = self._groups.get(number)
+            if states is None:
+                zero = number in self._zeros
+                if stop - first > GROUP * 1024 and len(self._groups) < 1024:
+                    end = min(stop, self._next_known(number) << GROUP_BITS)
+                yield (ZERO if zero else BASE), first, end
+            elif states is _UNIFORM[states[0]]:
+                yield states[0], first, end
+            else:
+                at, last = first & (GROUP - 1), end - (number << GROUP_BITS)
+                while at < last:
+                    state = states[at]
+                    begin = at
+                    while at < last and states[at] == state:
+                        at += 1
+                    base = number << GROUP_BITS
+                    yield state, base + begin, base + at
+            first = end
+
+    def _next_known(self, number: int) -> int:
+        """The next group above `number` that may differ from it, for walks over huge ranges."""
+        nearest = min((n for n in list(self._groups) if n > number), default=1 << 62)
+        change = self._zeros.next_change(number)
+        return min(nearest, change) if change is not None else nearest
+
+    def take_dirty(self) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
+        """What changed since the last call: zeroed ranges of groups, then groups with their states.
+
+        To be applied in this order. What happens from here on is left for the next call.
+        """
+        zeros, self.dirty_zeros = self.dirty_zeros, []
+        numbers, self.dirty = self.dirty, set()
+        return zeros, [(number, self.group(number)) for number in sorted(numbers)]
+
+    def restore(self, number: int, states: bytes) -> None:
+        """Take a group's states from a log."""
+        for whole in _UNIFORM.values():
+            if states == whole:
+                states = whole
+        self._groups[number] = states
+
+    def restore_zeros(self, low: int, high: int) -> None:
+        """Take a zeroed range of groups from a log."""
+        self._zero_groups(low, high)
+        self.dirty_zeros.clear()
+
+    def everything(self) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
+        """The whole map in the form of `take_dirty`, for a compact log."""
+        return list(self._zeros), sorted(self._groups.items())
+
+    def written_groups(self) -> list[int]:
+        """Groups that were written or zeroed block by block, ascending."""
+        return sorted(self._groups)
+
+    @property
+    def entries(self) -> int:
+        """How many entries a compact log of this map has."""
+        return len(self._groups) + len(self._zeros)
+
+    def count(self) -> tuple[int, int]:
+        """(DATA blocks, ZERO blocks)."""
+        data = zero = 0
+        for states in list(self._groups.values()):
+            data += states.count(DATA)
+            zero += states.count(ZERO)
+        covered = sum(stop - start for start, stop in self._zeros)
+        overridden = sum(1 for n in list(self._groups) if n in self._zeros) if covered else 0
+        return data, zero + (covered - overridden) * GROUP

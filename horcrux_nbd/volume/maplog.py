@@ -1,0 +1,195 @@
+"""The overlay's map on disk: a log of checksummed batches, one for each flush.
+
+A batch says which groups got which states. It is appended only after the data that it makes
+visible is synced, so at any moment a block is what the last complete batch says or something
+written later, never zeros or garbage. A torn batch at the end was never acknowledged and is cut
+off; one in the middle is damage and is refused. The layout is in docs/format.md, "Overlay map".
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+from .. import files
+from ..errors import Damaged
+from .blockmap import GROUP, BlockMap
+
+FILE_HEADER = struct.Struct("<8sHHI16sQQ")  # magic, version, log2 block, group, layer id, size, sum
+FILE_MAGIC = b"HRCXMAP1"
+BATCH_HEADER = struct.Struct("<4sIQIIQ")  # magic, payload bytes, sequence, zero ranges, groups, sum
+BATCH_MAGIC = b"BTCH"
+ZEROS = struct.Struct("<QQ")  # first group, one past the last
+GROUP_ENTRY = struct.Struct(f"<Q{GROUP // 4}s")  # group, its states at two bits each
+MAX_BATCH = 1 << 24  # bytes of payload; more is written as several batches
+# A log that has grown to this many times its compact form, and beyond this size, is rewritten.
+COMPACT_FACTOR = 4
+COMPACT_FROM = 1 << 20
+
+_PACK = {bytes([a, b, c, d]): a | b << 2 | c << 4 | d << 6
+         for a in range(3) for b in range(3) for c in range(3) for d in range(3)}  # fmt: skip
+_UNPACK = {value: states for states, value in _PACK.items()}
+
+Changes = tuple[Sequence[tuple[int, int]], Sequence[tuple[int, bytes]]]
+
+
+def pack_states(states: bytes) -> bytes:
+    """128 states at two bits each, the first in the low bits."""
+    return bytes(_PACK[states[i : i + 4]] for i in range(0, GROUP, 4))
+
+
+def unpack_states(packed: bytes) -> bytes:
+    """The opposite; KeyError for a state that there is not."""
+    return b"".join(_UNPACK[value] for value in packed)
+
+
+def _batches(changes: Changes, sequence: int, seed: int) -> tuple[bytes, int]:
+    zeros, groups = changes
+    parts: list[bytes] = []
+    at_zero = at_group = 0
+    while at_zero < len(zeros) or at_group < len(groups) or not parts:
+        some_zeros = zeros[at_zero : at_zero + MAX_BATCH // ZEROS.size]
+        at_zero += len(some_zeros)
+        room = MAX_BATCH - len(some_zeros) * ZEROS.size
+        # Zeroed ranges come first in the order of things: groups only when all are out.
+        some_groups = groups[at_group : at_group + room // GROUP_ENTRY.size]
+        if at_zero < len(zeros):
+            some_groups = []
+        at_group += len(some_groups)
+        payload = b"".join(
+            [ZEROS.pack(*zero) for zero in some_zeros]
+            + [GROUP_ENTRY.pack(number, pack_states(states)) for number, states in some_groups]
+        )
+        sequence += 1
+        head = (BATCH_MAGIC, len(payload), sequence, len(some_zeros), len(some_groups))
+        parts.append(BATCH_HEADER.pack(*head, _sum(head, payload, seed)) + payload)
+    return b"".join(parts), sequence
+
+
+def _sum(head: tuple[bytes, int, int, int, int], payload: bytes, seed: int) -> int:
+    hasher = xxhash.xxh3_64(seed=seed)
+    hasher.update(BATCH_HEADER.pack(*head, 0))
+    hasher.update(payload)
+    return int(hasher.intdigest())
+
+
+class MapLog:
+    """The log of one layer. `append` is called by one flush at a time."""
+
+    def __init__(self, path: Path, layer_id: bytes, size: int) -> None:
+        """Refer to the log at `path` of the layer `layer_id` (16 bytes) of `size` bytes."""
+        self.path, self.layer_id, self.size = path, layer_id, size
+        self._seed = int.from_bytes(layer_id[:8], "little")
+        self._fd = -1
+        self._end = 0
+        self.sequence = 0
+
+    def _header(self) -> bytes:
+        fields = (FILE_MAGIC, 1, 12, GROUP, self.layer_id, self.size)
+        checksum = xxhash.xxh3_64_intdigest(FILE_HEADER.pack(*fields, 0))
+        return FILE_HEADER.pack(*fields, checksum)
+
+    def create(self) -> None:
+        """Make an empty log, durably."""
+        files.publish(self.path, self._header(), mode=0o600)
+
+    def open(self, read_only: bool = False) -> BlockMap:
+        """Read the log and be ready to append. Raises Damaged; a torn end is cut off."""
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
+        self._fd = os.open(self.path, flags)
+        data = files.read_exactly(self._fd, os.fstat(self._fd).st_size, 0)
+        if data[: FILE_HEADER.size] != self._header():
+            raise Damaged(f"{self.path} is damaged or belongs to another overlay (its header)")
+        blocks, self._end = self._replay(data)
+        if self._end < len(data) and not read_only:
+            os.ftruncate(self._fd, self._end)
+            os.fsync(self._fd)
+        return blocks
+
+    def _replay(self, data: bytes) -> tuple[BlockMap, int]:
+        blocks = BlockMap()
+        at = FILE_HEADER.size
+        while at < len(data):
+            batch = self._batch(data, at)
+            if batch is None or batch[0] != self.sequence + 1:
+                self._refuse_if_more_follows(data, at)
+                break
+            self.sequence, zeros, groups, end = batch
+            try:
+                for number in range(zeros):
+                    blocks.restore_zeros(
+                        *ZEROS.unpack_from(data, at + BATCH_HEADER.size + number * ZEROS.size)
+                    )
+                begin = at + BATCH_HEADER.size + zeros * ZEROS.size
+                for number in range(groups):
+                    group, packed = GROUP_ENTRY.unpack_from(data, begin + number * GROUP_ENTRY.size)
+                    blocks.restore(group, unpack_states(packed))
+            except KeyError:
+                raise Damaged(f"{self.path} is damaged at byte {at}: no such state") from None
+            at = end
+        return blocks, at
+
+    def _batch(self, data: bytes, at: int) -> tuple[int, int, int, int] | None:
+        """(sequence, zero ranges, groups, end) of the batch at `at`, None if none is there."""
+        if at + BATCH_HEADER.size > len(data):
+            return None
+        magic, length, sequence, zeros, groups, checksum = BATCH_HEADER.unpack_from(data, at)
+        begin = at + BATCH_HEADER.size
+        head = (magic, length, sequence, zeros, groups)
+        if (
+            magic != BATCH_MAGIC
+            or length != zeros * ZEROS.size + groups * GROUP_ENTRY.size
+            or begin + length > len(data)
+            or _sum(head, data[begin : begin + length], self._seed) != checksum
+        ):
+            return None
+        return sequence, zeros, groups, begin + length
+
+    def _refuse_if_more_follows(self, data: bytes, at: int) -> None:
+        """A bad batch before a good one is no torn end: acknowledged changes would be lost."""
+        later = data.find(BATCH_MAGIC, at + 1)
+        while later >= 0:
+            batch = self._batch(data, later)
+            if batch is not None and batch[0] > self.sequence:
+                raise Damaged(
+                    f"{self.path} is damaged at byte {at}: the overlay's changes after it cannot "
+                    "be trusted; restore the volume's folder from a backup, or remove the volume"
+                )
+            later = data.find(BATCH_MAGIC, later + 1)
+
+    def append(self, changes: Changes) -> None:
+        """Make `changes` durable. The data that they refer to must be durable already."""
+        data, sequence = _batches(changes, self.sequence, self._seed)
+        files.write_all(self._fd, data, self._end)
+        os.fdatasync(self._fd)
+        self._end += len(data)
+        self.sequence = sequence
+
+    def wants_compaction(self, entries: int) -> bool:
+        """Whether the log is much longer than a map of `entries` entries needs."""
+        return self._end > COMPACT_FROM and self._end > COMPACT_FACTOR * entries * GROUP_ENTRY.size
+
+    def compact(self, everything: Changes) -> None:
+        """Replace the log by one that says `everything` at once.
+
+        `everything` must be no newer than what was appended last.
+        """
+        data, sequence = _batches(everything, 0, self._seed)
+        files.publish(self.path, self._header() + data, mode=0o600)
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        self.close()
+        self._fd, self._end, self.sequence = fd, FILE_HEADER.size + len(data), sequence
+
+    @property
+    def end(self) -> int:
+        """Length of the log, bytes."""
+        return self._end
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

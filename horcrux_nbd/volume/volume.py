@@ -1,0 +1,255 @@
+"""An open volume: overlay over base, as one block device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .. import files, paths
+from ..chunkstore import open_store
+from ..errors import UsageError
+from ..repository.repository import Repository, Resolved
+from . import state as states
+from .base import Base
+from .cache import Cache
+from .layer import BLOCK_SIZE, Layer
+from .overlay import Overlay
+from .state import VolumeState
+
+log = logging.getLogger(__name__)
+
+# How long a read that only the store can serve waits for it, seconds; then EIO. Below the 90 s
+# after which the kernel's NBD client gives up on a request.
+STORE_LIMIT = 60.0
+
+
+class Volume:
+    """A block device of `size` bytes. Any number of threads may call it at once.
+
+    Offsets and lengths are bytes, and need no alignment; requests must lie within the device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: Base,
+        overlay: Overlay | None,
+        resources: list[Closable],
+    ) -> None:
+        self.name = name
+        self.size = base.commit.size
+        self.base = base
+        self.overlay = overlay
+        self._resources = resources
+
+    # ---- open
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        name: str | None = None,
+        cache: Path | None = None,
+        cache_size: int | None = None,
+        read_only: bool = False,
+        store_limit: float = STORE_LIMIT,
+    ) -> Volume:
+        """Open the volume in `folder` and lock it. Works with the store away.
+
+        Raises Busy where it is served already, NotFound, Damaged.
+        """
+        name = name or folder.name
+        state = VolumeState.load(folder)
+        lock = states.lock_of(folder, name).acquire()
+        resources: list[Closable] = [Closable(lock.release)]
+        try:
+            state = VolumeState.load(folder)  # again: it may have changed before we had the lock
+            read_only = read_only or state.read_only
+            commit = states.base_commit(folder, state)
+            layers: list[Layer] = []
+            for layer_name in state.layers:
+                layer = Layer(
+                    states.layer_folder(folder, layer_name),
+                    bytes.fromhex(layer_name.id),
+                    state.size,
+                )
+                frozen = bool(layers) or read_only
+                layers.append(layer.open(read_only=frozen))
+                resources.append(Closable(layer.close))
+            base = _open_base(
+                Resolved(state.asked, bytes.fromhex(state.base), commit),
+                state.repository,
+                cache,
+                cache_size,
+                store_limit,
+                resources,
+            )
+            return cls(name, base, Overlay(layers, base), resources)
+        except BaseException:
+            _close(resources)
+            raise
+
+    @classmethod
+    def open_version(
+        cls,
+        repository: str,
+        resolved: Resolved,
+        *,
+        cache: Path | None = None,
+        cache_size: int | None = None,
+        store_limit: float = STORE_LIMIT,
+    ) -> Volume:
+        """A version of the repository at a URL, itself, read-only, without a folder."""
+        resources: list[Closable] = []
+        try:
+            base = _open_base(
+                resolved,
+                repository,
+                cache,
+                cache_size,
+                store_limit,
+                resources,
+            )
+        except BaseException:
+            _close(resources)
+            raise
+        return cls(str(resolved.version), base, None, resources)
+
+    @property
+    def read_only(self) -> bool:
+        return self.overlay is None or self.overlay.layers[0].read_only
+
+    # ---- the block device
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset`. Raises Damaged, StoreError; then `view` means nothing."""
+        (self.overlay or self.base).read_into(offset, view)
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Write `view` at `offset`; durable after the next `flush`. Raises NoSpace."""
+        self._writable().write(offset, view)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Let a range read as zeros, in time that does not grow with it."""
+        # The last block of an odd-sized image is zeroed whole: nobody sees what is behind its end.
+        if offset + length == self.size:
+            length = -(-self.size // BLOCK_SIZE) * BLOCK_SIZE - offset
+        self._writable().zero(offset, length)
+
+    def zero_is_fast(self, offset: int, length: int) -> bool:
+        """Whether `zero` there would not have to fetch anything."""
+        return self._writable().zero_is_fast(offset, length)
+
+    def flush(self) -> None:
+        """Make all that was acknowledged before durable. Raises SyncFailed."""
+        if self.overlay is not None and not self.read_only:
+            self.overlay.flush()
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Fetch a range of the base in the background."""
+        self.base.prefetch(offset, length)
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool, bool]]:
+        """(start, stop, allocated, zero) of pieces that cover the range, ascending, merged."""
+        if self.overlay is None:
+            pieces = (
+                (low, high, data, not data)
+                for low, high, data in self.base.extents(offset, offset + length)
+            )
+        else:
+            pieces = (piece for piece in self.overlay.extents(offset, offset + length))
+        last: tuple[int, int, bool, bool] | None = None
+        for piece in pieces:
+            if last is not None and last[2:] == piece[2:] and last[1] == piece[0]:
+                last = (last[0], piece[1], *piece[2:])
+                continue
+            if last is not None:
+                yield last
+            last = piece
+        if last is not None:
+            yield last
+
+    def _writable(self) -> Overlay:
+        if self.overlay is None or self.read_only:
+            raise UsageError(f"{self.name} is read-only")
+        return self.overlay
+
+    def close(self) -> None:
+        """Flush, stop fetching, release the lock. Raises what `flush` raises, after all is done."""
+        try:
+            self.flush()
+        finally:
+            self.base.close()
+            _close(self._resources)
+
+
+class Closable:
+    """Something to be closed when the volume is."""
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self.close = close
+
+
+def _close(resources: list[Closable]) -> None:
+    while resources:
+        resources.pop().close()
+
+
+def _open_base(
+    resolved: Resolved,
+    url: str,
+    cache_folder: Path | None,
+    cache_size: int | None,
+    store_limit: float,
+    resources: list[Closable],
+) -> Base:
+    # Nothing is asked of the store here: a volume whose data is all local opens without it.
+    store = open_store(url, limit=store_limit, check=False)
+    resources.append(Closable(store.close))
+    cache_folder = cache_folder or paths.cache()
+    files.make_folder(cache_folder, 0o700)
+    cache = Cache(cache_folder, cache_size)
+    resources.append(Closable(cache.close))
+    return Base(Repository(store, "", resolved.commit.chunk_size), resolved.commit, cache)
+
+
+def prepare(
+    folder: Path | None,
+    repository_url: str | None,
+    image: str | None,
+    ref: str | None,
+    *,
+    read_only: bool = False,
+) -> Resolved | None:
+    """Check what a server was asked for before it goes into the background, and make the volume.
+
+    With a `folder`: it is a volume afterwards (returns None). Without: the version to serve
+    read-only. Everything that can be wrong with the request is found here. Raises HorcruxError.
+    """
+    version = states.default_version(image, ref)
+    if folder is not None and (folder / states.STATE).exists():
+        state = VolumeState.load(folder)
+        states.check_fits(state, folder, repository_url, version)
+        return None
+    if repository_url is None or version is None:
+        raise UsageError(
+            "repo= and name= say what to serve: a repository's URL and an image in it"
+            if folder is None
+            else f"{folder} is no volume yet: repo= and name= say what to make it from"
+        )
+    with open_store(repository_url) as store:
+        repository = Repository.open(store)
+        resolved = repository.resolve(version)
+        if folder is None:
+            if not read_only:
+                raise UsageError(
+                    "overlay= names the folder for what is written; or say readonly=true"
+                )
+            return resolved
+        files.make_folder(folder.absolute(), 0o700)
+        with states.lock_of(folder, str(folder)):
+            if not (folder / states.STATE).exists():
+                states.create_volume(folder, repository, resolved)
+    return None
