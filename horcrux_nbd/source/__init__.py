@@ -1,5 +1,7 @@
 """Image sources: what a new version of an image is made from."""
 
 from .base import Source
+from .layout import Layout
+from .opening import FILESYSTEMS, empty_filesystem, open_source
 
-__all__ = ["Source"]
+__all__ = ["FILESYSTEMS", "Layout", "Source", "empty_filesystem", "open_source"]
