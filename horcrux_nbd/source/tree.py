@@ -268,7 +268,7 @@ class Tree:
 
     def _leave_out(self, directory: Entry) -> bool:
         with self.reach(directory) as path:
-            device = os.lstat(path).st_dev
+            device = os.lstat(path + b"/.").st_dev
         if device == self._device or device not in self._made_up:
             return False
         self.left_out.append(f"{show(directory.path())}: {self._made_up[device]}, left out")
@@ -308,9 +308,7 @@ class Tree:
             directory = pending.pop()
             try:
                 with self.reach(directory) as base:
-                    if _seal(os.lstat(base) if directory.parent else os.stat(base)) != (
-                        directory.seal
-                    ):
+                    if _seal(os.lstat(base + b"/.")) != directory.seal:
                         yield f"{show(directory.path())}: changed while it was read"
                     for child in directory.children:
                         if stat.S_ISDIR(child.mode):
