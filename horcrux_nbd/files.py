@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,17 +143,23 @@ class FileLock:
         self.path, self.what = Path(path), what
         self._fd = -1
 
-    def acquire(self) -> FileLock:
-        """Take the lock or raise Busy at once, which says by which process it is held."""
+    def acquire(self, wait: float = 0) -> FileLock:
+        """Take the lock or raise Busy, after `wait` seconds, which says which process holds it."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-            os.close(fd)
-            raise Busy(
-                f"{self.what} is in use by process {holder or '(unknown)'}: stop it first"
-            ) from None
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)  # flock(2) has no time-out, and a signal is no way for threads
+                    continue
+                holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+                os.close(fd)
+                raise Busy(
+                    f"{self.what} is in use by process {holder or '(unknown)'}: stop it first"
+                ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._fd = fd

@@ -10,9 +10,12 @@ import errno
 import logging
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from . import __version__, paths
+from .control import ControlServer
 from .errors import HorcruxError, UsageError
 from .names import check_name, check_ref
 from .repository.repository import Resolved
@@ -34,6 +37,7 @@ KEYS = {
     "cache": "folder of the cache (default: this host's)",
     "cache_size": "most bytes of it, e.g. 20G",
     "timeout": "seconds that a read waits for a store that is away (default: 60)",
+    "control": "path of a socket that tells this server's figures (horcrux-cli uses it)",
     "log": "debug, info, warning (default) or error",
 }
 CONFIG_HELP = "\n".join(f"{key}=<{key.upper()}>  {text}." for key, text in KEYS.items())
@@ -60,6 +64,8 @@ class Server:
         self._volume: Volume | None = None
         self._resolved: Resolved | None = None
         self._folder: Path | None = None
+        self._control: ControlServer | None = None
+        self._began = time.monotonic()
         self.export = ""
         self.description = ""
 
@@ -163,7 +169,21 @@ class Server:
     def start(self) -> None:
         """Open the volume for good."""
         self._volume = self._open()
+        if path := self._values.get("control"):
+            self._control = ControlServer(Path(path), {"figures": lambda _: self.figures()})
         log.info("serving %s (%d bytes)", self._volume.name, self._volume.size)
+
+    def figures(self) -> dict[str, Any]:
+        """What this server did so far; bytes are of plaintext."""
+        assert self._volume is not None
+        figures = self._volume.base.figures
+        return {
+            "pid": os.getpid(),
+            "seconds": round(time.monotonic() - self._began, 1),
+            "fetched_bytes": figures.fetched_bytes,
+            "fetched_chunks": figures.fetched_chunks,
+            "fetch_errors": figures.fetch_errors,
+        }
 
     def connect(self, export: str) -> Volume:
         """What a client gets that asked for `export`."""
@@ -174,6 +194,9 @@ class Server:
 
     def stop(self) -> None:
         """Flush and close."""
+        if self._control is not None:
+            self._control.stop()
+            self._control = None
         if self._volume is not None:
             self._volume.close()
             self._volume = None

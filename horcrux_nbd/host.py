@@ -1,0 +1,341 @@
+"""The volumes of this host: made, served, attached, mounted, and all that undone.
+
+What the command line and the Docker driver have in common. State is on disk and in the kernel,
+never in the caller: each function looks at what is there, so it works after a crash of anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import control, files, paths, server
+from .attach import device as devices
+from .attach.base import Attachment
+from .attach.mount import mount as mount_device
+from .attach.mount import unmount_device
+from .attach.mountinfo import Mount, mounts_of
+from .chunkstore import open_store
+from .errors import Busy, Damaged, HorcruxError, NotFound, UsageError
+from .names import Version, check_name, is_name
+from .repository.refs import suggest
+from .repository.repository import Repository
+from .units import format_size
+from .volume import state as states
+from .volume.state import VolumeState, create_volume
+from .volume.survey import Survey, survey
+
+LOCK_WAIT = 10.0  # seconds; somebody else's mount or umount of the same volume takes less
+
+
+@dataclass(frozen=True)
+class VolumeStatus:
+    """All there is to say of one volume, without asking its store. Sizes in bytes."""
+
+    name: str
+    state: VolumeState
+    survey: Survey
+    server: server.Server | None
+    attachment: Attachment | None
+    mounts: tuple[Mount, ...]
+    problem: str  # one line, empty if all is well
+    figures: dict[str, Any] | None  # of the running server, see `Server.figures`
+
+
+# ---- which there are
+
+
+def folder_of(name: str) -> Path:
+    """The folder of the volume `name`, whether it exists or not. Raises UsageError."""
+    return paths.volumes() / check_name("volume", name)
+
+
+def names() -> list[str]:
+    """The volumes of this host."""
+    try:
+        found = os.listdir(paths.volumes())
+    except FileNotFoundError:
+        return []
+    return sorted(n for n in found if is_name(n) and (folder_of(n) / states.STATE).exists())
+
+
+def load(name: str) -> VolumeState:
+    """What a volume is. Raises NotFound, which names those that there are."""
+    try:
+        return VolumeState.load(folder_of(name))
+    except NotFound:
+        raise NotFound(
+            f"there is no volume {name!r} on this host{suggest(name, names())}"
+        ) from None
+
+
+def find(name_or_folder: str) -> str:
+    """The volume called so, or mounted there. Raises NotFound."""
+    if "/" not in name_or_folder:
+        load(name_or_folder)
+        return name_or_folder
+    target = os.path.realpath(name_or_folder)
+    for name in names():
+        attachment = Attachment.load(_attach_state(name))
+        if attachment and any(m.target == target for m in mounts_of(attachment.device)):
+            return name
+    raise NotFound(f"no volume of Horcrux is mounted on {name_or_folder}")
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Nobody else changes this volume or what it is attached to. Raises Busy after LOCK_WAIT."""
+    check_name("volume", name)
+    files.make_folder(paths.run(), 0o700)
+    lock = files.FileLock(paths.run() / f"{name}.lock", f"volume {name}")
+    lock.acquire(LOCK_WAIT)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _attach_state(name: str) -> Path:
+    return server.folder_of(name) / "attach"
+
+
+# ---- make and remove
+
+
+def create(name: str, url: str, version: Version, *, read_only: bool = False) -> VolumeState:
+    """Make a volume of a version. Looks the version up; fetches nothing.
+
+    Raises UsageError if it exists already, NotFound, StoreError.
+    """
+    folder = folder_of(name)
+    if (folder / states.STATE).exists():
+        raise UsageError(f"volume {name!r} exists already: choose another name, or remove it first")
+    with open_store(url) as store:
+        repository = Repository.open(store)
+        resolved = repository.resolve(version)
+        with locked(name):
+            return create_volume(folder, repository, resolved, read_only=read_only)
+
+
+def remove(name: str, *, force: bool = False) -> None:
+    """Remove a volume. Raises Busy while it is in use; refuses to lose changes unless `force`."""
+    load(name)
+    with locked(name):
+        found = status(name)
+        if found.mounts:
+            where = found.mounts[0].target
+            raise Busy(f"volume {name} is mounted on {where}: `horcrux-cli umount {name}` first")
+        if found.attachment is not None:
+            raise Busy(
+                f"volume {name} is attached as {found.attachment.device}: "
+                f"`horcrux-cli detach {name}` first"
+            )
+        if found.server is not None:
+            raise Busy(f"volume {name} is served by process {found.server.pid}: stop that first")
+        lost = found.survey.written + found.survey.zeroed
+        if lost and not force:
+            raise Busy(
+                f"volume {name} holds {format_size(lost)} of changes that exist nowhere else: "
+                f"`horcrux-cli rm --force {name}` drops them"
+            )
+        folder = folder_of(name)
+        with states.lock_of(folder, name):
+            # Renamed first: a removal that breaks off leaves no half volume under the name.
+            doomed = folder.with_name(f"{files.TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}")
+            os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+        files.sync_folder(folder.parent)
+        shutil.rmtree(server.folder_of(name), ignore_errors=True)
+
+
+# ---- serve, attach, mount
+
+
+def serve(
+    name: str,
+    *,
+    socket: Path | None = None,
+    read_only: bool = False,
+    options: dict[str, str] | None = None,
+) -> server.Server:
+    """Start the volume's NBD server. `options` go to the plugin. Raises Busy if it runs."""
+    load(name)
+    with locked(name):
+        return server.start(
+            name, folder_of(name), socket=socket, read_only=read_only, options=options
+        )
+
+
+def stop(name: str, *, force: bool = False) -> bool:
+    """Stop the volume's server; False if none ran. Raises Busy while it is attached."""
+    load(name)
+    with locked(name):
+        attachment = Attachment.load(_attach_state(name))
+        if attachment is not None and not force:
+            raise Busy(
+                f"volume {name} is attached as {attachment.device}: `horcrux-cli detach {name}`"
+            )
+        return server.stop(name, force=force)
+
+
+def attach(
+    name: str,
+    *,
+    via: str | None = None,
+    read_only: bool = False,
+    options: dict[str, str] | None = None,
+) -> Attachment:
+    """Serve the volume unless it is, and make it a block device. Undoes itself on failure."""
+    load(name)
+    with locked(name):
+        return _attach(name, via, read_only, options)
+
+
+def _attach(
+    name: str, via: str | None, read_only: bool, options: dict[str, str] | None
+) -> Attachment:
+    state = load(name)
+    attachment = Attachment.load(_attach_state(name))
+    if attachment is not None:
+        found = devices.status(attachment)
+        if found.alive:
+            raise Busy(f"volume {name} is attached already, as {attachment.device}")
+        if mounts_of(attachment.device):
+            raise Busy(
+                f"volume {name} is mounted but broken ({found.problem}): "
+                f"`horcrux-cli umount --force {name}`, then mount it again"
+            )
+        devices.clean_up(_attach_state(name))
+    serving = server.running(name)
+    started = serving is None
+    if serving is None:
+        serving = server.start(name, folder_of(name), read_only=read_only, options=options)
+    try:
+        return devices.attach(
+            serving.socket,
+            name=name,
+            state=_attach_state(name),
+            read_only=read_only or state.read_only,
+            via=via,
+        )
+    except BaseException:
+        if started:
+            server.stop(name, force=True)
+        raise
+
+
+def detach(name: str, *, force: bool = False, keep_server: bool = False) -> bool:
+    """Release the device and stop the server; False if it was not attached.
+
+    Raises Busy while it is mounted or open, and says by whom.
+    """
+    load(name)
+    with locked(name):
+        return _detach(name, force, keep_server)
+
+
+def _detach(name: str, force: bool, keep_server: bool = False) -> bool:
+    attachment = Attachment.load(_attach_state(name))
+    if attachment is not None:
+        devices.detach(attachment, force=force)
+    else:
+        devices.clean_up(_attach_state(name))
+    if not keep_server:
+        server.stop(name, force=force)
+    return attachment is not None
+
+
+def mount(
+    name: str,
+    target: Path,
+    *,
+    via: str | None = None,
+    read_only: bool = False,
+    mount_options: Sequence[str] = (),
+    options: dict[str, str] | None = None,
+) -> Mount:
+    """Serve, attach and mount in one go, as far as that is not done already.
+
+    Raises Busy if it is mounted already; undoes on failure what this call began.
+    """
+    state = load(name)
+    with locked(name):
+        attachment = Attachment.load(_attach_state(name))
+        if attachment is not None and (there := mounts_of(attachment.device)):
+            raise Busy(f"volume {name} is mounted already, on {there[0].target}")
+        served = server.running(name) is not None
+        attached = attachment is not None and devices.status(attachment).alive
+        if attachment is None or not attached:
+            attachment = _attach(name, via, read_only, options)
+        try:
+            return mount_device(
+                attachment.device,
+                target,
+                read_only=read_only or state.read_only,
+                options=mount_options,
+            )
+        except BaseException:
+            if not attached:
+                _detach(name, force=True, keep_server=served)
+            raise
+
+
+def umount(name_or_folder: str, *, force: bool = False) -> str:
+    """Unmount, detach and stop the server; the volume's name. Everything written is durable then.
+
+    Raises Busy while somebody uses it, and says who. `force` takes it away from them.
+    """
+    name = find(name_or_folder)
+    with locked(name):
+        attachment = Attachment.load(_attach_state(name))
+        mounted = bool(attachment and mounts_of(attachment.device))
+        if attachment is not None:
+            unmount_device(attachment.device, lazy=force)
+        was_attached = _detach(name, force)
+        if not mounted and not was_attached:
+            raise NotFound(f"volume {name} is not mounted")
+    return name
+
+
+# ---- what is going on
+
+
+def status(name: str) -> VolumeStatus:
+    """How one volume is. Raises NotFound."""
+    state = load(name)
+    folder = folder_of(name)
+    problem = ""
+    running = server.running(name)
+    attachment = Attachment.load(_attach_state(name))
+    mounts: tuple[Mount, ...] = ()
+    if attachment is not None:
+        mounts = tuple(mounts_of(attachment.device))
+        attached = devices.status(attachment)
+        if not attached.alive:
+            problem = attached.problem
+    figures = None
+    if running is not None:
+        try:
+            figures = control.ask(server.folder_of(name) / server.CONTROL, "figures")
+        except (OSError, HorcruxError, ValueError) as error:
+            problem = problem or f"its server does not answer ({error})"
+    try:
+        found = survey(folder, state, paths.cache())
+    except Damaged as error:
+        found, problem = Survey(), problem or str(error)
+    return VolumeStatus(name, state, found, running, attachment, mounts, problem, figures)
+
+
+def statuses() -> list[VolumeStatus]:
+    """How all volumes of this host are."""
+    found = []
+    for name in names():
+        with contextlib.suppress(NotFound):  # removed meanwhile
+            found.append(status(name))
+    return found

@@ -1,0 +1,156 @@
+"""nbdkit processes: one for each served volume, started, found again and stopped.
+
+They outlive whoever started them. What is needed to find one lies in `<run>/<volume>/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import files, paths
+from .attach.processes import Process, boot_id, io_flusher, wait_until
+from .attach.sockets import listener
+from .errors import Busy, Damaged, EnvironmentProblem, HorcruxError
+from .names import check_name
+
+# nbdkit threads for each connection: 16 keep a 20 ms line busy (786 reads/s, PEERS.md) and cost
+# warm reads least; four connections have 64.
+THREADS = 16
+START_LIMIT = 90.0  # seconds; the store may need its 60 s to say that it is away
+STOP_LIMIT = 60.0  # seconds for the last flush
+
+SOCKET, CONTROL, LOG, RECORD = "nbd.sock", "control.sock", "nbdkit.log", "server.json"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running nbdkit. `socket` is where it listens."""
+
+    process: Process
+    socket: Path
+    boot: str
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+
+def folder_of(name: str) -> Path:
+    """Where a volume's sockets are; mode 0700."""
+    return paths.run() / check_name("volume", name)
+
+
+def plugin_path() -> Path:
+    """The nbdkit plugin of this installation."""
+    return Path(__file__).with_name("plugin.py")
+
+
+def running(name: str) -> Server | None:
+    """The server of a volume, if it lives."""
+    folder = folder_of(name)
+    try:
+        value = files.read_json(folder / RECORD)
+        server = Server(Process(**value["process"]), Path(value["socket"]), value["boot"])
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{folder / RECORD} cannot be read ({error!r}): remove it") from None
+    return server if server.boot == boot_id() and server.process.alive() else None
+
+
+def start(
+    name: str,
+    volume: Path,
+    *,
+    socket: Path | None = None,
+    read_only: bool = False,
+    options: dict[str, str] | None = None,
+) -> Server:
+    """Serve the volume in the folder `volume`; returns when it listens.
+
+    `options` are more keys for the plugin (`cache`, `cache_size`, `timeout`). Raises Busy if it is
+    served already; what nbdkit said if it does not start.
+    """
+    if found := running(name):
+        raise Busy(f"volume {name} is served already, by process {found.pid} on {found.socket}")
+    nbdkit = shutil.which("nbdkit", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/sbin")
+    if nbdkit is None:
+        raise EnvironmentProblem(
+            "nbdkit is not installed: apt-get install nbdkit nbdkit-plugin-python"
+        )
+    folder = folder_of(name)
+    files.make_folder(folder, 0o700)
+    socket = (socket or folder / SOCKET).absolute()
+    if len(os.fsencode(socket)) > 107:
+        raise HorcruxError(f"{socket} is too long for a socket (107 bytes): choose a shorter path")
+    if listener(socket):
+        raise Busy(f"another server listens on {socket} already")
+    for stale in (socket, folder / RECORD):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(stale)
+    keys = {
+        "volume": str(volume.absolute()),
+        "control": str(folder / CONTROL),
+        **({"readonly": "true"} if read_only else {}),
+        **(options or {}),
+    }
+    argv = [
+        nbdkit, "--foreground", "--unix", str(socket), "--threads", str(THREADS),
+        "python", str(plugin_path()), *(f"{key}={value}" for key, value in keys.items()),
+    ]  # fmt: skip
+    # As a session of its own it outlives us and our terminal.
+    with open(folder / LOG, "wb") as log, io_flusher():
+        child = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
+        )
+    process = Process.of(child.pid)
+    if process is not None:
+        server = Server(process, socket, boot_id())
+        files.publish_json(folder / RECORD, {**asdict(server), "socket": str(socket)})
+
+    def ready() -> bool:
+        return child.poll() is not None or listener(socket) != 0
+
+    if process is None or not wait_until(ready, START_LIMIT) or child.returncode is not None:
+        child.kill()
+        child.wait(5)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(folder / RECORD)
+        raise HorcruxError(f"volume {name} cannot be served: {_said(folder / LOG)}")
+    return server
+
+
+def _said(log: Path) -> str:
+    """The reason in nbdkit's output: its error line without the decoration."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    line = (errors or lines or ["nbdkit said nothing"])[0]
+    return line.rsplit("error: ", 1)[-1]
+
+
+def stop(name: str, *, limit: float = STOP_LIMIT, force: bool = False) -> bool:
+    """End the server after its last flush; False if there was none.
+
+    Raises Busy if it does not end within `limit` seconds; with `force` it is killed then, which
+    loses only what was never flushed.
+    """
+    server = running(name)
+    folder = folder_of(name)
+    if server is not None:
+        import signal
+
+        server.process.signal(signal.SIGTERM)
+        gone = server.process.wait_gone(limit) or (force and server.process.stop(1.0))
+        if not gone:
+            raise Busy(
+                f"the server of {name} (process {server.pid}) is still busy after {limit:.0f} s"
+            )
+    for leftover in (SOCKET, CONTROL, RECORD):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(folder / leftover)
+    return server is not None
