@@ -6,24 +6,26 @@ have equal ids and any language can read them.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import Damaged, UsageError
+from ..errors import Damaged, EnvironmentProblem, UsageError
+from ..names import check_name
 from ..units import KiB, MiB, format_size
 from .index import MAX_LEVELS, levels_for
-from .objects import ID_SIZE, NULL_ID, Kind, ObjectTooNew, object_id
+from .objects import NULL_ID, Kind, kind_of, object_id
 from .patch import BLOCK_SIZE
+from .records import canonical, integer, parse, text
 
 MIN_CHUNK = 64 * KiB
 MAX_CHUNK = 64 * MiB
 DEFAULT_CHUNK = 512 * KiB
 MAX_COMMIT = 1 * MiB  # bytes of plaintext; bounds what a reader allocates
 MAX_IMAGE = 1 << 62  # bytes; NBD and off_t end at 2^63 - 1
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
+VERSION = 1
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", re.ASCII)
 
 
 def check_chunk_size(size: int) -> int:
@@ -67,7 +69,7 @@ class Commit:
         return levels_for(self.chunks)
 
     def encode(self) -> bytes:
-        """The canonical plaintext. UsageError where it is over MAX_COMMIT."""
+        """The canonical plaintext. UsageError for what `decode` would not take."""
         value = {
             "author": self.author,
             "chunk_size": self.chunk_size,
@@ -79,11 +81,15 @@ class Commit:
             "size": self.size,
             "tags": self.tags,
             "time": self.time,
-            "version": 1,
+            "version": VERSION,
         }
-        plain = json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+        plain = canonical(value)
         if len(plain) > MAX_COMMIT:
             raise UsageError(f"message and tags are over {format_size(MAX_COMMIT)}: shorten them")
+        try:
+            self.decode(plain)
+        except Damaged as error:
+            raise UsageError(f"this commit cannot be: {error}") from None
         return plain
 
     @property
@@ -92,25 +98,31 @@ class Commit:
 
     @classmethod
     def decode(cls, plain: bytes) -> Commit:
-        """The commit in `plain`. Raises Damaged, ObjectTooNew."""
+        """The commit in `plain`, which its id has proven. Raises Damaged, EnvironmentProblem.
+
+        Members that this release does not know are left alone.
+        """
         try:
-            value = json.loads(plain)
-            if value["version"] > 1:
-                raise ObjectTooNew("a commit is of a newer format than this program: upgrade it")
+            value = parse(plain)
+            if integer(value["version"]) != VERSION:
+                raise EnvironmentProblem(
+                    f"a commit of format {value['version']}, newer than this program: upgrade "
+                    "horcrux-nbd"
+                )
             commit = cls(
-                image=_text(value["image"]),
-                size=int(value["size"]),
-                chunk_size=check_chunk_size(int(value["chunk_size"])),
-                index=_id(value["index"]),
-                parents=tuple(_id(parent) for parent in value["parents"]),
-                author=_text(value["author"]),
-                time=_text(value["time"]),
-                message=_text(value["message"]),
-                tags={_text(k): _text(v) for k, v in value["tags"].items()},
-                filesystem=None if value["filesystem"] is None else _text(value["filesystem"]),
+                image=check_name("image", text(value["image"])),
+                size=integer(value["size"]),
+                chunk_size=check_chunk_size(integer(value["chunk_size"])),
+                index=_id(value["index"], Kind.NODE),
+                parents=tuple(_id(parent, Kind.COMMIT) for parent in value["parents"]),
+                author=text(value["author"]),
+                time=text(value["time"]),
+                message=text(value["message"]),
+                tags={text(k): text(v) for k, v in value["tags"].items()},
+                filesystem=None if value["filesystem"] is None else text(value["filesystem"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
-            raise Damaged(f"a commit object cannot be read ({error!r})") from None
+            raise Damaged(f"a commit object cannot be read ({error!r:.200})") from None
         if not 0 <= commit.size <= MAX_IMAGE or commit.levels > MAX_LEVELS:
             raise Damaged(f"a commit object claims an image of {commit.size} bytes")
         if NULL_ID in commit.parents or not _TIME.fullmatch(commit.time):
@@ -118,16 +130,10 @@ class Commit:
         return commit
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _id(value: Any) -> bytes:
-    oid = bytes.fromhex(_text(value))
-    if len(oid) != ID_SIZE:
-        raise ValueError(f"{value!r} is no id")
+def _id(value: Any, kind: Kind) -> bytes:
+    oid = bytes.fromhex(text(value))
+    if oid.hex() != value or (oid != NULL_ID and kind_of(oid) is not kind):
+        raise ValueError(f"{value!r:.80} is no id of a {kind.name.lower()}")
     return oid
 
 

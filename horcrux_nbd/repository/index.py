@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import struct
 import threading
-from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
-from ..errors import Damaged
+from ..errors import Damaged, HorcruxError
 from .objects import ID_SIZE, NULL_ID
 
 FANOUT_BITS = 8
 FANOUT = 1 << FANOUT_BITS
-NODE_HEADER = struct.Struct("<BB6x")  # level (0 is a leaf), log2 of the fan-out
+NODE_HEADER = struct.Struct("<BB6s")  # level (0 is a leaf), log2 of the fan-out, zeros
 NODE_SIZE = NODE_HEADER.size + FANOUT * ID_SIZE  # 8,200 bytes of plaintext
 MAX_LEVELS = 6  # 2^48 chunks: 16 EiB at 64 KiB
 
-# Decoded nodes that one tree keeps: 4,096 nodes are 32 MiB and reach 1,048,576 chunks.
+# Decoded nodes that one tree keeps: 4,096 nodes are 32 MiB and reach 1,048,576 chunks. Which
+# leaves they are is kept apart, so that a warm look-up costs one step at any height.
 NODE_CACHE = 4096
 
 LoadNode = Callable[[bytes], bytes]  # id → verified plaintext of the node
 StoreNode = Callable[[bytes], bytes]  # plaintext → id
 
 _EMPTY_TABLE = bytes(FANOUT * ID_SIZE)
+_RESERVED = bytes(6)
+# A node of a tree, or one that a taller tree has above it: the root, and the level it is at.
+_Node = bytes | tuple[bytes, int]
 
 
 def levels_for(chunks: int) -> int:
@@ -39,9 +42,14 @@ def levels_for(chunks: int) -> int:
     return levels
 
 
+def encode_node(level: int, table: bytes | bytearray) -> bytes:
+    """The plaintext of a node: 256 ids, which name chunks and patches at level 0, else nodes."""
+    return NODE_HEADER.pack(level, FANOUT_BITS, _RESERVED) + table
+
+
 def check_node(plain: bytes, level: int) -> bytes:
     """The table of a node that belongs at `level`. Raises Damaged."""
-    if len(plain) != NODE_SIZE or NODE_HEADER.unpack_from(plain) != (level, FANOUT_BITS):
+    if len(plain) != NODE_SIZE or NODE_HEADER.unpack_from(plain) != (level, FANOUT_BITS, _RESERVED):
         raise Damaged(f"an index node does not fit its place (level {level})")
     return plain[NODE_HEADER.size :]
 
@@ -97,18 +105,37 @@ class Index:
         """Whether `lookup(chunk)` would fetch nothing."""
         return (chunk >> FANOUT_BITS) in self._leaves
 
-    def entries(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
-        """(chunk, id) of every chunk in [start, stop) that is not zeros, ascending."""
-        yield from self._walk(
-            self.root, self.levels - 1, 0, start, FANOUT**self.levels if stop is None else stop
-        )
+    def entries(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        missing: Callable[[Exception], None] | None = None,
+    ) -> Iterator[tuple[int, bytes]]:
+        """(chunk, id) of every chunk in [start, stop) that is not zeros, ascending.
+
+        What `load` raises ends it, unless `missing` takes it: then that subtree is left out.
+        """
+        end = FANOUT**self.levels if stop is None else stop
+        yield from self._walk(self.root, self.levels - 1, 0, start, end, missing)
 
     def _walk(
-        self, oid: bytes, level: int, base: int, start: int, stop: int
+        self,
+        oid: bytes,
+        level: int,
+        base: int,
+        start: int,
+        stop: int,
+        missing: Callable[[Exception], None] | None,
     ) -> Iterator[tuple[int, bytes]]:
         if oid == NULL_ID:
             return
-        table = self._table(oid, level)
+        try:
+            table = self._table(oid, level)
+        except HorcruxError as error:
+            if missing is None:
+                raise
+            missing(error)
+            return
         span = FANOUT**level
         first = max(0, (start - base) // span)
         last = min(FANOUT, -(-(stop - base) // span))
@@ -117,7 +144,8 @@ class Index:
             if child == NULL_ID:
                 continue
             if level:
-                yield from self._walk(child, level - 1, base + slot * span, start, stop)
+                low = base + slot * span
+                yield from self._walk(child, level - 1, low, start, stop, missing)
             else:
                 yield base + slot, child
 
@@ -143,13 +171,11 @@ class Index:
         levels = max(self.levels, other.levels)
         yield from self._diff(other, self._lifted(levels), other._lifted(levels), levels - 1, 0)
 
-    def _lifted(self, levels: int) -> bytes | tuple[bytes, int]:
+    def _lifted(self, levels: int) -> _Node:
         """The root as seen from a taller tree: itself in slot 0 of made-up nodes above."""
         return self.root if levels == self.levels else (self.root, self.levels - 1)
 
-    def _child(
-        self, node: bytes | tuple[bytes, int], level: int, slot: int
-    ) -> bytes | tuple[bytes, int]:
+    def _child(self, node: _Node, level: int, slot: int) -> _Node:
         if isinstance(node, tuple):
             if slot:
                 return NULL_ID
@@ -159,12 +185,7 @@ class Index:
         return table[slot * ID_SIZE : (slot + 1) * ID_SIZE]
 
     def _diff(
-        self,
-        other: Index,
-        mine: bytes | tuple[bytes, int],
-        theirs: bytes | tuple[bytes, int],
-        level: int,
-        base: int,
+        self, other: Index, mine: _Node, theirs: _Node, level: int, base: int
     ) -> Iterator[tuple[int, bytes, bytes]]:
         if mine == theirs:
             return
@@ -184,70 +205,84 @@ class Index:
 def update(
     tree: Index | None,
     levels: int,
-    changes: Sequence[tuple[int, bytes]],
+    changes: Iterable[tuple[int, bytes]],
     store: StoreNode,
     keep: int | None = None,
 ) -> bytes:
-    """The root of `tree` with `changes` made: (chunk, id) pairs, ascending by chunk.
+    """The root of `tree` with `changes` made: (chunk, id) pairs, each chunk once and ascending.
 
     `levels` is the height of the new tree, for which only nodes above changes are written, from
-    the leaves up, through `store`. `keep` drops all chunks from that number on (a smaller image).
-    Returns NULL_ID where nothing but zeros is left.
+    the leaves up, through `store`; `changes` is read as it is needed, so memory does not grow with
+    it. `keep` drops all chunks from that number on (a smaller image). Returns NULL_ID where nothing
+    but zeros is left. ValueError for changes out of order or beyond the tree.
     """
-    numbers = [number for number, _ in changes]
-    old: bytes | tuple[bytes, int] = NULL_ID
+    limit = FANOUT**levels if keep is None else min(keep, FANOUT**levels)
+    old: _Node = NULL_ID
     if tree is not None:
-        if levels >= tree.levels:
-            old = tree._lifted(levels)
-        else:  # a smaller image: what is beyond slot 0 of the top levels is dropped
-            node: bytes = tree.root
-            for level in range(tree.levels - 1, levels - 1, -1):
-                child = tree._child(node, level, 0)
-                assert isinstance(child, bytes)
-                node = child
-            old = node
-    limit = FANOUT**levels if keep is None else keep
+        old = tree.root if levels < tree.levels else tree._lifted(levels)
+        for level in range(tree.levels - 1, levels - 1, -1):  # slot 0 is what a smaller image keeps
+            old = tree._child(old, level, 0)
+    return _rebuild(tree, old, levels - 1, 0, _Changes(changes, limit), limit, store)
 
-    def rebuild(
-        node: bytes | tuple[bytes, int], level: int, base: int, first: int, last: int
-    ) -> bytes:
-        span = FANOUT**level
-        end = base + span * FANOUT
-        if base >= limit:
-            return NULL_ID
-        if first == last and end <= limit and isinstance(node, bytes):
-            return node
-        if node == NULL_ID and first == last:
-            return NULL_ID
-        table = bytearray(FANOUT * ID_SIZE)
-        if isinstance(node, bytes) and node != NULL_ID:
-            assert tree is not None
-            table[:] = tree._table(node, level)
-        for slot in range(FANOUT):
-            low = base + slot * span
-            if level == 0:
-                if low >= limit:
-                    table[slot * ID_SIZE :] = bytes((FANOUT - slot) * ID_SIZE)
-                    break
-                continue
-            a = bisect_left(numbers, low, first, last)
-            b = bisect_left(numbers, low + span, a, last)
-            child: bytes | tuple[bytes, int]
-            if isinstance(node, tuple):
-                assert tree is not None
-                child = tree._child(node, level, slot)
-            else:
-                child = bytes(table[slot * ID_SIZE : (slot + 1) * ID_SIZE])
-            if a == b and child == NULL_ID:
-                continue
-            table[slot * ID_SIZE : (slot + 1) * ID_SIZE] = rebuild(child, level - 1, low, a, b)
+
+class _Changes:
+    """(chunk, id) pairs with the next one in sight."""
+
+    def __init__(self, changes: Iterable[tuple[int, bytes]], limit: int) -> None:
+        self._rest = iter(changes)
+        self._limit = limit
+        self.number = -1  # of the next change; `limit` where none is left
+        self.id = NULL_ID
+        self.step()
+
+    def step(self) -> None:
+        following = next(self._rest, None)
+        if following is None:
+            self.number, self.id = self._limit, NULL_ID
+            return
+        if not self.number < following[0] < self._limit:
+            raise ValueError(
+                f"chunk {following[0]} after {self.number} in an index of {self._limit} chunks"
+            )
+        self.number, self.id = following
+
+
+def _rebuild(
+    tree: Index | None,
+    node: _Node,
+    level: int,
+    base: int,
+    changes: _Changes,
+    limit: int,
+    store: StoreNode,
+) -> bytes:
+    """The id of `node` at `level`, whose first chunk is `base`, with its part of `changes` made."""
+    span = FANOUT**level
+    end = base + span * FANOUT
+    untouched = changes.number >= min(end, limit) and (end <= limit or node == NULL_ID)
+    if untouched and isinstance(node, bytes):
+        return node
+    table = bytearray(FANOUT * ID_SIZE)
+    before = b""
+    if tree is not None and isinstance(node, bytes) and node != NULL_ID:
+        before = tree._table(node, level)
+        table[:] = before
+    for slot in range(FANOUT):
+        low = base + slot * span
+        at = slice(slot * ID_SIZE, (slot + 1) * ID_SIZE)
+        if low >= limit:
+            table[at.start :] = bytes(len(table) - at.start)
+            break
         if level == 0:
-            for at in range(first, last):
-                slot = numbers[at] - base
-                if numbers[at] < limit:
-                    table[slot * ID_SIZE : (slot + 1) * ID_SIZE] = changes[at][1]
-        if table == _EMPTY_TABLE:
-            return NULL_ID
-        return store(NODE_HEADER.pack(level, FANOUT_BITS) + table)
-
-    return rebuild(old, levels - 1, 0, 0, len(numbers))
+            if changes.number == low:
+                table[at] = changes.id
+                changes.step()
+            continue
+        child: _Node = bytes(table[at])
+        if tree is not None and isinstance(node, tuple):
+            child = tree._child(node, level, slot)
+        table[at] = _rebuild(tree, child, level - 1, low, changes, limit, store)
+    if table == before:
+        assert isinstance(node, bytes)
+        return node
+    return NULL_ID if table == _EMPTY_TABLE else store(encode_node(level, table))

@@ -1,9 +1,11 @@
 """Objects: immutable bytes named by what is in them (docs/format.md, "Objects").
 
-An object is a kind and a plaintext. Its id is the BLAKE3-256 of both, so whoever asks for an id can
-tell whether the answer is right, whatever store, cache or mirror gave it. Stored, it is a 16-byte
-header and a payload; the header's lengths are checked against what the caller can take before
-anything is allocated, so a 1 KiB object that claims to be 10 GiB costs 1 KiB.
+An object is a kind and a plaintext. Its id is a BLAKE3 hash of both with the kind behind it, so
+whoever asks for an id can tell whether the answer is right, whatever store, cache or mirror gave
+it, and whoever sees an id, in an index node or in a listing, can tell what it names without
+reading it. Stored, it is a 16-byte header and a payload; the header's lengths are checked against
+what the caller can take before anything is allocated, so a 1 KiB object that claims to be 10 GiB
+costs 1 KiB.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from typing import Final
 import zstandard
 from blake3 import blake3
 
-from ..errors import Damaged, HorcruxError
+from ..errors import Damaged
 
 MAGIC: Final = b"HRCX"
 FORMAT_VERSION: Final = 1
 HEADER: Final = struct.Struct("<4sBBBBII")  # magic, version, kind, codec, flags, plain, payload
 ID_SIZE: Final = 32
+HASH_SIZE: Final = ID_SIZE - 1  # 248 bits of BLAKE3; a collision is 2^124 hashes away
 NULL_ID: Final = bytes(ID_SIZE)  # stands for all zeros: a chunk, or a whole subtree
+MAX_LAYERS: Final = 15  # patches over each other, what the upper half of an id's last byte holds
 
 STORED: Final = 0
 ZSTD: Final = 1
@@ -43,19 +47,41 @@ class Kind(enum.IntEnum):
     COMMIT = 4
 
 
-class ObjectTooNew(HorcruxError):
-    """An object of a later format, which this release cannot read."""
+class ObjectTooNew(Damaged):
+    """An object of a format that this release does not know, or one whose header is damaged.
 
-    exit_code = 9
+    A repository of a later format is refused when it is opened, so in one that was not refused
+    this is damage like any other: a good copy elsewhere may do.
+    """
 
 
 _KIND_BYTE = {kind: bytes([kind]) for kind in Kind}
+_KINDS = {int(kind): kind for kind in Kind}
 _local = threading.local()
 
 
 def object_id(kind: Kind, plain: bytes | bytearray | memoryview) -> bytes:
-    """The 32-byte id of an object."""
-    return blake3(_KIND_BYTE[kind]).update(plain).digest()
+    """The 32-byte id of an object: 31 bytes of hash, and a byte that tells the kind.
+
+    That byte's upper half is 0, but for a patch: there it is how many patches lie over each
+    other, which the second byte of its plaintext says.
+    """
+    layers = plain[1] & 15 if kind is Kind.PATCH and len(plain) > 1 else 0
+    digest = blake3(_KIND_BYTE[kind]).update(plain).digest(length=HASH_SIZE)
+    return digest + bytes([layers << 4 | kind])
+
+
+def kind_of(oid: bytes) -> Kind | None:
+    """The kind of object that an id names; None for NULL_ID and for what is no id."""
+    if len(oid) != ID_SIZE:
+        return None
+    kind = _KINDS.get(oid[-1] & 15)
+    return kind if (oid[-1] >> 4 > 0) == (kind is Kind.PATCH) else None
+
+
+def layers_of(oid: bytes) -> int:
+    """How many patches have to be read for what `oid` names: 0 for all but a patch."""
+    return oid[-1] >> 4
 
 
 def object_key(oid: bytes) -> str:
@@ -73,7 +99,7 @@ def key_id(key: str) -> bytes | None:
         oid = bytes.fromhex(parts[2])
     except ValueError:
         return None
-    return oid if object_key(oid) == key else None
+    return oid if object_key(oid) == key and kind_of(oid) is not None else None
 
 
 def encode(kind: Kind, plain: bytes | bytearray | memoryview, level: int = ZSTD_LEVEL) -> bytes:
@@ -90,8 +116,13 @@ def encode(kind: Kind, plain: bytes | bytearray | memoryview, level: int = ZSTD_
     return header + payload
 
 
+def max_stored(max_plain: int) -> int:
+    """The most bytes that an object of up to `max_plain` bytes of plaintext takes in a store."""
+    return HEADER.size + max_plain
+
+
 def peek_kind(data: bytes, what: str) -> Kind:
-    """The kind that a stored object claims to be. Raises Damaged, ObjectTooNew."""
+    """The kind that a stored object claims to be. Raises Damaged."""
     return _check_header(data, what)[0]
 
 
@@ -102,13 +133,13 @@ def _check_header(data: bytes, what: str) -> tuple[Kind, int, int, int]:
     if magic != MAGIC:
         raise Damaged(f"{what} is no Horcrux object (its first bytes are {magic.hex()})")
     if version > FORMAT_VERSION:
-        raise ObjectTooNew(f"{what} has format {version}, newer than this program: upgrade it")
-    if version != FORMAT_VERSION or flags or codec not in (STORED, ZSTD):
+        raise ObjectTooNew(f"{what} is damaged, or of a format ({version}) that needs an upgrade")
+    if version != FORMAT_VERSION or flags or codec not in (STORED, ZSTD) or kind not in _KINDS:
         raise Damaged(f"{what} has a damaged header")
-    try:
-        return Kind(kind), codec, plain_length, payload_length
-    except ValueError:
-        raise Damaged(f"{what} has a damaged header (kind {kind})") from None
+    # What compression does not shorten is stored as it is, so a payload is never the longer one.
+    if payload_length > plain_length:
+        raise Damaged(f"{what} has a damaged header (lengths)")
+    return _KINDS[kind], codec, plain_length, payload_length
 
 
 def decode(

@@ -7,20 +7,37 @@ down, so the newest record is the first that a store lists.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..chunkstore.base import ChunkStore
-from ..errors import Busy, Damaged, KeyExists, KeyNotFound, NotFound, UsageError
+from ..errors import (
+    Busy,
+    Damaged,
+    KeyExists,
+    KeyNotFound,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+    UsageError,
+)
 from ..names import check_name, is_name
 from .commits import now
-from .objects import ID_SIZE
+from .objects import Kind, kind_of
+from .records import MAX_RECORD, decode_record, encode_record, text
 
 _TOP = 10**20 - 1
+_NUMBER = re.compile(r"[0-9]{20}")
+# Names that a copying program left among the records (`….partial`) may come first; beyond a few,
+# the whole folder is listed.
+_FEW = 8
+# Branches whose heads are read for the message about an unknown name.
+_MANY = 64
 
 
 class BranchMoved(Busy):
@@ -42,11 +59,9 @@ class BranchRecord:
     why: str
     token: str  # of the writer's own: it finds it and knows that it won
 
-    def encode(self) -> bytes:
-        value = asdict(self)
-        value["commit"] = self.commit.hex() if self.commit else None
-        value["version"] = 1
-        return json.dumps(value, sort_keys=True).encode()
+    def encode(self, key: str) -> bytes:
+        commit = self.commit.hex() if self.commit else None
+        return encode_record({**asdict(self), "commit": commit, "key": key})
 
 
 @dataclass(frozen=True)
@@ -58,26 +73,23 @@ class TagRecord:
     time: str
     message: str
 
-    def encode(self) -> bytes:
-        value = {**asdict(self), "commit": self.commit.hex(), "version": 1}
-        return json.dumps(value, sort_keys=True).encode()
+    def encode(self, key: str) -> bytes:
+        return encode_record({**asdict(self), "commit": self.commit.hex(), "key": key})
 
 
-def _decode(data: bytes, what: str, fields: tuple[str, ...]) -> dict[str, Any]:
+def _decode(data: bytes, key: str, url: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    what = f"{url}: ref {key}"
+    value = decode_record(data, what)
     try:
-        value = json.loads(data)
-        if value["version"] != 1:
-            raise Damaged(f"{what} is of a newer format than this program: upgrade it")
-        found = {name: value[name] for name in fields}
-        for name, text in found.items():
-            if name != "number" and not isinstance(text, str | None):
-                raise TypeError(name)
-        if found["commit"] is not None:
-            found["commit"] = bytes.fromhex(found["commit"])
-            if len(found["commit"]) != ID_SIZE:
-                raise ValueError("commit")
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{what} cannot be read ({error!r})") from None
+        found: dict[str, Any] = {name: text(value[name]) for name in fields}
+        commit = value["commit"]
+        found["commit"] = None if commit is None else bytes.fromhex(text(commit))
+        if commit is not None and kind_of(found["commit"]) is not Kind.COMMIT:
+            raise ValueError(f"{commit!r:.80} is no id of a commit")
+        if value["key"] != key:  # a valid record, but of another branch or number
+            raise ValueError(f"it belongs at {value['key']!r:.200}")
+    except (ValueError, KeyError) as error:
+        raise Damaged(f"{what} is damaged ({error}): restore it from a copy") from None
     return found
 
 
@@ -94,9 +106,14 @@ class Refs:
         return [name for name in self._store.children("refs/") if is_name(name)]
 
     def branches(self, image: str) -> list[str]:
-        """Names of all branches that an image has or had."""
+        """Names of all branches that an image has or had: a deleted one has a last record."""
         check_name("image", image)
         return [n for n in self._store.children(f"refs/{image}/heads/") if is_name(n)]
+
+    def heads(self, image: str) -> dict[str, BranchRecord]:
+        """The newest record of each branch that an image has; deleted ones are left out."""
+        found = ((name, self.head(image, name)) for name in self.branches(image))
+        return {name: record for name, record in found if record and record.commit is not None}
 
     def tags(self, image: str) -> list[str]:
         """Names of all tags of an image."""
@@ -107,18 +124,31 @@ class Refs:
         return f"refs/{check_name('image', image)}/heads/{check_name('branch', branch)}/"
 
     def records(self, image: str, branch: str, limit: int | None = None) -> Iterator[BranchRecord]:
-        """The records of a branch, newest first (a reflog). Raises Damaged."""
+        """The records of a branch, newest first (a reflog). Raises Damaged.
+
+        Keys that are no numbers, such as what a copying program left, are passed over.
+        """
         prefix = self._branch_prefix(image, branch)
-        for entry in self._store.list(prefix, limit=limit):
-            yield self._read_record(entry.key)
+        for pages in (_FEW, None) if limit == 1 else (None,):
+            seen = count = 0
+            for entry in self._store.list(prefix, limit=pages):
+                seen += 1
+                if not _NUMBER.fullmatch(entry.key[len(prefix) :]):
+                    continue
+                yield self._read_record(entry.key)
+                count += 1
+                if count == limit:
+                    return
+            if pages is None or seen < pages:
+                return
 
     def _read_record(self, key: str) -> BranchRecord:
-        what = f"{self._store.url}: ref {key}"
-        fields = ("commit", "author", "time", "why", "token")
-        name = key.rsplit("/", 1)[1]
-        if len(name) != 20 or not name.isdigit():
-            raise Damaged(f"{what} is no record of a branch")
-        return BranchRecord(_TOP - int(name), **_decode(self._store.get(key), what, fields))
+        found = self._read(key, ("author", "time", "why", "token"))
+        return BranchRecord(number=_TOP - int(key[-20:]), **found)
+
+    def _read(self, key: str, fields: tuple[str, ...]) -> dict[str, Any]:
+        data = self._store.get(key, 0, MAX_RECORD + 1)
+        return _decode(data, key, self._store.url, fields)
 
     def head(self, image: str, branch: str) -> BranchRecord | None:
         """The newest record, also that of a deletion; None if there never was such a branch."""
@@ -128,13 +158,11 @@ class Refs:
         """A tag's record, or None."""
         key = f"refs/{check_name('image', image)}/tags/{check_name('tag', tag)}"
         try:
-            data = self._store.get(key)
+            value = self._read(key, ("author", "time", "message"))
         except KeyNotFound:
             return None
-        what = f"{self._store.url}: tag {tag}"
-        value = _decode(data, what, ("commit", "author", "time", "message"))
         if value["commit"] is None:
-            raise Damaged(f"{what} names no commit")
+            raise Damaged(f"{self._store.url}: ref {key} is damaged: it names no commit")
         return TagRecord(**value)
 
     def require_image(self, image: str) -> None:
@@ -143,6 +171,14 @@ class Refs:
         images = self.images()
         if image not in images:
             raise NotFound(f"{self._store.url}: no image {image!r}{suggest(image, images)}")
+
+    def known(self, image: str) -> list[str]:
+        """Names that a version of the image can have, for a message: branches, then tags."""
+        branches = self.branches(image)
+        if len(branches) <= _MANY:
+            with contextlib.suppress(Damaged):  # no reason to hide what the message is about
+                branches = list(self.heads(image))
+        return branches + self.tags(image)
 
     # ---- what moves
 
@@ -160,7 +196,7 @@ class Refs:
 
         All that the commit needs must be in the store and durable before. Exactly one of any
         number of callers with the same `expected` returns; raises BranchMoved for the others, who
-        learn who moved it, when and to what.
+        learn who moved it, when and to what. After StoreUnavailable it may have moved or not.
         """
         current = self.head(image, branch)
         if (current.commit if current else None) != expected:
@@ -169,17 +205,30 @@ class Refs:
         record = BranchRecord(number, commit, author, now(), why, secrets.token_hex(16))
         key = f"{self._branch_prefix(image, branch)}{_TOP - number:020d}"
         try:
-            self._store.put_exclusive(key, record.encode())
+            self._store.put_exclusive(key, record.encode(key))
         except KeyExists:
             # Perhaps our own, whose answer got lost on the way.
-            there = self._read_record(key)
-            if there.token != record.token:
+            if not self._is_ours(key, record):
                 raise self._moved(image, branch, self.head(image, branch)) from None
+        except StoreUnavailable:
+            with contextlib.suppress(StoreError):  # still away: the first error says why
+                if self._is_ours(key, record):
+                    return record
+            raise
         return record
 
+    def _is_ours(self, key: str, record: BranchRecord) -> bool:
+        return self._read_record(key).token == record.token
+
     def _moved(self, image: str, branch: str, record: BranchRecord | None) -> BranchMoved:
-        if record is None or record.commit is None:
-            return BranchMoved(f"branch {branch!r} of {image} does not exist any more", record)
+        if record is None:
+            return BranchMoved(f"there is no branch {branch!r} of {image}: fetch again", record)
+        if record.commit is None:
+            return BranchMoved(
+                f"branch {branch!r} of {image} was deleted by {record.author or 'somebody'} at "
+                f"{record.time} ({record.why}): choose another branch",
+                record,
+            )
         return BranchMoved(
             f"branch {branch!r} of {image} was moved by {record.author or 'somebody'} at "
             f"{record.time} to {record.commit.hex()[:12]} ({record.why}): fetch it and try again, "
@@ -191,7 +240,7 @@ class Refs:
         """Name `commit` for good. Raises UsageError where the tag exists with another commit."""
         key = f"refs/{check_name('image', image)}/tags/{check_name('tag', tag)}"
         try:
-            self._store.put_exclusive(key, TagRecord(commit, author, now(), message).encode())
+            self._store.put_exclusive(key, TagRecord(commit, author, now(), message).encode(key))
         except KeyExists:
             there = self.tag(image, tag)
             if there is None or there.commit != commit:
@@ -200,10 +249,11 @@ class Refs:
                 ) from None
 
     def delete_tag(self, image: str, tag: str) -> None:
-        """Remove a tag; raises NotFound."""
-        if self.tag(image, tag) is None:
+        """Remove a tag, also a damaged one; raises NotFound."""
+        key = f"refs/{check_name('image', image)}/tags/{check_name('tag', tag)}"
+        if not self._store.exists(key):
             raise NotFound(f"{image} has no tag {tag!r}{suggest(tag, self.tags(image))}")
-        self._store.delete(f"refs/{image}/tags/{tag}")
+        self._store.delete(key)
 
 
 def suggest(name: str, known: list[str]) -> str:

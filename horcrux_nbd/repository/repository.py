@@ -6,10 +6,12 @@ writers go from the leaves up (docs/format.md, "Order of writing").
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..chunkstore.base import ChunkStore
@@ -25,15 +27,26 @@ from ..errors import (
 from ..names import Version, looks_like_id
 from .commits import DEFAULT_CHUNK, MAX_COMMIT, Commit, check_chunk_size, now
 from .index import NODE_SIZE, Index
-from .objects import ID_SIZE, Kind, decode, encode, key_id, object_id, object_key, peek_kind
+from .objects import (
+    ID_SIZE,
+    Kind,
+    decode,
+    encode,
+    key_id,
+    kind_of,
+    max_stored,
+    object_id,
+    object_key,
+)
 from .patch import max_patch_size, resolve
+from .records import MAX_RECORD, decode_record, encode_record, integer, text
 from .refs import Refs, suggest
 
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "horcrux.json"
 FORMAT = 1
-HASH = "blake3-256"
+HASH = "blake3-248-kind"
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,9 @@ class Repository:
         self.id = id  # tells repositories apart, whatever their URL; a copy keeps it
         self.chunk_size = chunk_size  # for new images, bytes
         self.refs = Refs(store)
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_of = 0
 
     @property
     def url(self) -> str:
@@ -64,27 +80,30 @@ class Repository:
     def open(cls, store: ChunkStore) -> Repository:
         """The repository in `store`. Raises NotFound where there is none, Damaged, StoreError."""
         try:
-            data = store.get(CONFIG_KEY)
+            data = store.get(CONFIG_KEY, 0, MAX_RECORD + 1)
         except KeyNotFound:
             raise NotFound(
                 f"{store.url} holds no Horcrux repository (no {CONFIG_KEY}): check the URL, or "
                 "make one with `horcrux-cli generate`"
             ) from None
+        what = f"{store.url}: {CONFIG_KEY}"
+        config = decode_record(data, what)
         try:
-            config = json.loads(data)
-            version, hash_name = config["format"], config["hash"]
-            if version > FORMAT or hash_name != HASH or config["features"]:
-                raise EnvironmentProblem(
-                    f"{store.url} is a repository of format {version} ({hash_name}, needs "
-                    f"{', '.join(config['features']) or 'no extras'}), newer than this program, "
-                    f"which reads format {FORMAT}: upgrade horcrux-nbd"
-                )
-            repository = cls(store, str(config["id"]), int(config["chunk_size"]))
+            form, hash_name = integer(config["format"]), text(config["hash"])
+            features = [text(feature) for feature in config["features"]]
+            repository_id, chunk_size = text(config["id"]), integer(config["chunk_size"])
         except (ValueError, KeyError, TypeError) as error:
-            raise Damaged(
-                f"{store.url}: {CONFIG_KEY} cannot be read ({error!r}): restore it from a copy"
-            ) from None
-        return repository
+            raise Damaged(f"{what} is damaged ({error!r}): restore it from a copy") from None
+        if form != FORMAT or hash_name != HASH or features:
+            raise EnvironmentProblem(
+                f"{store.url} is a repository of format {form} ({hash_name}, needs "
+                f"{', '.join(features) or 'no extras'}), newer than this program, which reads "
+                f"format {FORMAT} ({HASH}): upgrade horcrux-nbd"
+            )
+        try:
+            return cls(store, repository_id, check_chunk_size(chunk_size))
+        except UsageError as error:
+            raise Damaged(f"{what} is damaged ({error})") from None
 
     @classmethod
     def create(cls, store: ChunkStore, chunk_size: int = DEFAULT_CHUNK) -> Repository:
@@ -95,11 +114,15 @@ class Repository:
             return cls.open(store)
         except NotFound:
             pass
-        if next(store.list(limit=1), None) is not None and not _only_ours(store):
-            raise StoreError(
-                f"{store.url} holds something else already: choose an empty place, or a folder "
-                "(a prefix) below it"
-            )
+        if next(store.list(limit=1), None) is not None:
+            there = set(store.children(""))
+            if CONFIG_KEY in there:  # made by somebody else since we looked
+                return cls.open(store)
+            if there - {"probe"}:  # what an interrupted `create` leaves
+                raise StoreError(
+                    f"{store.url} holds something else already ({min(there - {'probe'})}): choose "
+                    "an empty place, or a folder (a prefix) below it"
+                )
         check_exclusive_create(store)
         config = {
             "chunk_size": chunk_size,
@@ -110,9 +133,7 @@ class Repository:
             "id": secrets.token_hex(16),
         }
         try:
-            store.put_exclusive(
-                CONFIG_KEY, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-            )
+            store.put_exclusive(CONFIG_KEY, encode_record(config, indent=2))
         except KeyExists:  # somebody made it at the same moment
             log.info("%s was made by somebody else just now", store.url)
         return cls.open(store)
@@ -137,9 +158,12 @@ class Repository:
         `chunk_size` bounds chunks and patches. Raises Damaged, which names the object, also for
         one that is missing; StoreUnavailable and others as `ChunkStore.get` does.
         """
+        if kind_of(oid) not in kinds:
+            raise Damaged(f"{oid.hex()} is named where a {kinds[0].name.lower()} belongs")
         bound = self.max_plain(kinds, chunk_size)
         try:
-            data = self.store.get(object_key(oid))
+            # One byte more than can be: a longer object shows, and costs no more memory.
+            data = self.store.get(object_key(oid), 0, max_stored(bound) + 1)
         except KeyNotFound:
             raise Damaged(
                 f"object {oid.hex()} is missing in {self.url}: `horcrux-cli verify` lists what is"
@@ -149,10 +173,23 @@ class Repository:
     def read_chunk(self, oid: bytes, chunk_size: int) -> bytes:
         """The bytes of the chunk that an index entry names, patches applied."""
 
+        def read(part: bytes) -> tuple[Kind, bytes]:
+            return self.read_object(part, (Kind.CHUNK, Kind.PATCH), chunk_size)
+
         def fetch(ids: Sequence[bytes]) -> Mapping[bytes, tuple[Kind, bytes]]:
-            return {i: self.read_object(i, (Kind.CHUNK, Kind.PATCH), chunk_size) for i in ids}
+            if len(ids) == 1:
+                return {ids[0]: read(ids[0])}
+            return dict(zip(ids, self._threads().map(read, ids), strict=True))
 
         return resolve(oid, chunk_size, fetch)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """Threads for the parts of patched chunks, of this process: nbdkit forks."""
+        with self._lock:
+            if self._pool is None or self._pool_of != os.getpid():
+                self._pool = ThreadPoolExecutor(self.store.concurrency, thread_name_prefix="part")
+                self._pool_of = os.getpid()
+            return self._pool
 
     def write_object(self, kind: Kind, plain: bytes) -> bytes:
         """Store one object, whether it is there or not; its id."""
@@ -181,13 +218,20 @@ class Repository:
         oid = self._base(version.image, name)
         if oid is None:
             self.refs.require_image(version.image)
-            known = self.refs.branches(version.image) + self.refs.tags(version.image)
+            gone = self.refs.head(version.image, name)
+            if gone is not None:
+                raise NotFound(
+                    f"branch {name!r} of {version.image} was deleted by {gone.author} at "
+                    f"{gone.time} ({gone.why})"
+                )
+            known = self.refs.known(version.image)
             raise NotFound(f"{version.image} has no version {name!r}{suggest(name, known)}")
         commit = self.read_commit(oid)
         for step in range(steps):
             if not commit.parents:
                 raise NotFound(
-                    f"{version}: {version.image}@{name} has only {step} versions before it"
+                    f"{version}: {version.image}@{name} has only {step} "
+                    f"version{'' if step == 1 else 's'} before it"
                 )
             oid = commit.parents[0]
             commit = self.read_commit(oid)
@@ -202,32 +246,22 @@ class Repository:
             return tag.commit
         return self._by_id(image, name) if looks_like_id(name) else None
 
-    def _by_id(self, image: str, text: str) -> bytes | None:
-        if len(text) == 2 * ID_SIZE:
-            oid = bytes.fromhex(text)
-            if not self.store.exists(object_key(oid)):
-                return None
-            return oid if self.read_commit(oid).image == image else None
+    def _by_id(self, image: str, digits: str) -> bytes | None:
+        if len(digits) == 2 * ID_SIZE:
+            oid = bytes.fromhex(digits)
+            is_there = kind_of(oid) is Kind.COMMIT and self.store.exists(object_key(oid))
+            return oid if is_there and self.read_commit(oid).image == image else None
         found = []
-        for entry in self.store.list(f"objects/{text[:2]}/{text}"):
+        for entry in self.store.list(f"objects/{digits[:2]}/{digits}"):
             candidate = key_id(entry.key)
-            if candidate is None:
+            if candidate is None or kind_of(candidate) is not Kind.COMMIT:
                 continue
-            head = self.store.get(entry.key, 0, 16)
-            if (
-                peek_kind(head, entry.key) is Kind.COMMIT
-                and self.read_commit(candidate).image == image
-            ):
+            if self.read_commit(candidate).image == image:
                 found.append(candidate)
         if len(found) > 1:
-            several = ", ".join(oid.hex()[: len(text) + 4] for oid in found[:4])
-            raise UsageError(f"id {text} of {image} is ambiguous ({several}): write more digits")
+            several = ", ".join(oid.hex()[: len(digits) + 4] for oid in found[:4])
+            raise UsageError(f"id {digits} of {image} is ambiguous ({several}): write more digits")
         return found[0] if found else None
-
-
-def _only_ours(store: ChunkStore) -> bool:
-    """Whether `store` holds nothing but what an interrupted `create` leaves."""
-    return set(store.children("")) <= {"probe"}
 
 
 def check_exclusive_create(store: ChunkStore) -> None:
@@ -239,10 +273,11 @@ def check_exclusive_create(store: ChunkStore) -> None:
     key = f"probe/{secrets.token_hex(8)}"
     store.put_exclusive(key, b"first")
     try:
-        store.put_exclusive(key, b"second")
-    except KeyExists:
-        pass
-    else:
+        try:
+            store.put_exclusive(key, b"second")
+        except KeyExists:
+            if store.get(key) == b"first":
+                return
         raise StoreError(
             f"{store.url} ignores exclusive create (If-None-Match): versions pushed there by two "
             "people at once would be lost. Use it read-only, or a store that honours it"

@@ -3,28 +3,33 @@
 Order is what makes a repository safe: chunks and patches, then index nodes from the leaves up,
 then the commit, then the ref. `ObjectWriter.barrier` stands between these steps: when it returns,
 everything submitted before is in the store, durably.
+
+That an object is there says nothing of what it names, unless a ref reaches it: an interrupted push
+leaves any part behind. So every object is looked for by itself.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import Busy, KeyNotFound, UsageError
 from ..units import MiB
 from .commits import Commit
 from .index import Index, update
-from .objects import NULL_ID, Kind, encode, key_id, object_id, object_key
+from .listing import Listing
+from .objects import HEADER, NULL_ID, Kind, encode, max_stored, object_id, object_key
 from .refs import BranchRecord
 from .repository import Repository
+from .sweeps import Sweeps
 
 # One LIST answers for a thousand keys: above this many objects it is cheaper than asking for each.
 LIST_FROM = 1000
-# Ids held in memory at most (about 100 bytes each); a larger repository is asked object by object.
-MAX_KNOWN = 4_000_000
+# Objects listed at most: 148 MB of memory. Those of a larger repository are asked for one by one.
+MAX_LISTED = 4_000_000
 # Plaintext that may wait in memory at once, for chunks of any size.
 MEMORY = 256 * MiB
 
@@ -39,7 +44,10 @@ class Written:
 
 
 class ObjectWriter:
-    """Stores objects in one repository with a pool of threads. Use it in a `with` block."""
+    """Stores objects in one repository with a pool of threads. Use it in a `with` block.
+
+    The first failure ends it: `submit` and `barrier` raise it from then on.
+    """
 
     def __init__(
         self, repository: Repository, expected: int = 0, known: Iterable[bytes] = ()
@@ -47,86 +55,123 @@ class ObjectWriter:
         """`expected` objects or so will come; `known` ids are in the store for sure."""
         self.repository = repository
         self.written = Written()
-        self._known = set(known)
-        self._complete = False  # whether `_known` is all that the store has
-        self._lock = threading.Lock()
+        self._sweeps = Sweeps(repository.store)  # before the first look at an object
+        self._given = frozenset(known)
+        self._used: set[bytes] = set()  # stored by us, or found
+        self._listing = Listing()
+        self._listing.complete = False
+        self._condition = threading.Condition()
+        self._under_way = self._bytes_under_way = 0
         self._error: BaseException | None = None
-        self._futures: set[Future[bytes]] = set()
-        workers = max(os.cpu_count() or 1, repository.store.concurrency)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="write")
-        self._workers = workers
-        self._slots = threading.BoundedSemaphore(2 * workers)
+        self._workers = max(os.cpu_count() or 1, repository.store.concurrency)
         if expected >= LIST_FROM:
-            self._learn()
+            self._listing = Listing.read(repository.store, MAX_LISTED)
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="write")
 
-    def _learn(self) -> None:
-        """Ask the store for the ids it has, all at once."""
-        for count, entry in enumerate(self.repository.store.list("objects/")):
-            if count >= MAX_KNOWN:
-                return
-            oid = key_id(entry.key)
-            if oid is not None:
-                self._known.add(oid)
-        self._complete = True
+    def submit(self, kind: Kind, plain: bytes) -> Future[bytes]:
+        """Store an object in the background; the future gives its id.
 
-    def submit(self, kind: Kind, make: Callable[[], bytes]) -> Future[bytes]:
-        """Store the object whose plaintext `make` returns, in the background; gives its id.
-
-        `make` runs in the pool as well, so that reading is parallel too. An all-zero chunk is
-        never stored: its id is NULL_ID. Waits while too much is under way; raises the first error
-        of what was submitted before.
+        An all-zero chunk is never stored: its id is NULL_ID. Waits while too much is under way.
         """
-        self._slots.acquire()
-        if self._error is not None:
-            self._slots.release()
-            raise self._error
-        future = self._pool.submit(self._write, kind, make)
-        with self._lock:
-            self._futures.add(future)
-        future.add_done_callback(self._done)
+        return self._submit(kind, plain, None)
+
+    def submit_as(self, oid: bytes, kind: Kind, plain: bytes) -> None:
+        """Store an object whose id is known in the background."""
+        self._submit(kind, plain, oid)
+
+    def _submit(self, kind: Kind, plain: bytes, oid: bytes | None) -> Future[bytes]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._error or self._has_room(len(plain)))
+            self._raise_error()
+            self._under_way += 1
+            self._bytes_under_way += len(plain)
+        future = self._pool.submit(self.write, kind, plain, oid)
+        future.add_done_callback(lambda done: self._done(done, len(plain)))
         return future
 
-    def _done(self, future: Future[bytes]) -> None:
-        self._slots.release()
-        if future.cancelled():
-            return
-        error = future.exception()
-        with self._lock:
-            self._futures.discard(future)
-            self._error = self._error or error
+    def _has_room(self, length: int) -> bool:
+        return self._under_way == 0 or (
+            self._under_way < 2 * self._workers and self._bytes_under_way + length <= MEMORY
+        )
 
-    def _write(self, kind: Kind, make: Callable[[], bytes]) -> bytes:
-        plain = make()
-        if kind is Kind.CHUNK and not any_bytes(plain):
-            return NULL_ID
-        return self.write(kind, plain)
+    def _done(self, future: Future[bytes], length: int) -> None:
+        with self._condition:
+            self._under_way -= 1
+            self._bytes_under_way -= length
+            if not future.cancelled() and self._error is None:
+                self._error = future.exception()
+            self._condition.notify_all()
 
-    def write(self, kind: Kind, plain: bytes) -> bytes:
-        """Store an object here and now unless it is there; its id."""
-        oid = object_id(kind, plain)
-        with self._lock:
-            fresh = oid not in self._known
-            self._known.add(oid)  # a second writer of the same bytes need not store them too
-        key = object_key(oid)
-        if fresh and (self._complete or not self.repository.store.exists(key)):
-            data = encode(kind, plain)
-            self.repository.store.put(key, data)
-            with self._lock:
-                self.written.objects += 1
-                self.written.bytes += len(data)
-        else:
-            with self._lock:
-                self.written.known_objects += 1
-        return oid
-
-    def barrier(self) -> None:
-        """Wait until all that was submitted is stored, and durable. Raises the first error."""
-        with self._lock:
-            pending = set(self._futures)
-        wait(pending, return_when=FIRST_EXCEPTION)
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
+
+    def write(self, kind: Kind, plain: bytes, oid: bytes | None = None) -> bytes:
+        """Store an object here and now unless it is there; its id."""
+        if kind is Kind.CHUNK and not any_bytes(plain):
+            return NULL_ID
+        oid = oid or object_id(kind, plain)
+        with self._condition:
+            fresh = oid not in self._used
+            self._used.add(oid)  # a second writer of the same bytes need not store them too
+        if not fresh or self._is_there(oid, len(plain)):
+            with self._condition:
+                self.written.known_objects += 1
+            return oid
+        try:
+            data = encode(kind, plain)
+            self.repository.store.put(object_key(oid), data)
+        except BaseException:
+            with self._condition:
+                self._used.discard(oid)
+            raise
+        with self._condition:
+            self.written.objects += 1
+            self.written.bytes += len(data)
+        return oid
+
+    def _is_there(self, oid: bytes, length: int) -> bool:
+        """Whether the store has the object. One whose size cannot be is stored anew."""
+        if oid in self._given:
+            return True
+        at = self._listing.find(oid)
+        if at is not None:
+            size = self._listing.sizes[at]
+        elif self._listing.complete:
+            return False
+        else:
+            try:
+                size = self.repository.store.stat(object_key(oid)).size
+            except KeyNotFound:
+                return False
+        return HEADER.size < size <= max_stored(length)
+
+    def drain(self) -> None:
+        """Wait until all that was submitted is in the store. Raises the first error."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._error or self._under_way == 0)
+            self._raise_error()
+
+    def barrier(self) -> None:
+        """`drain`, and make it durable."""
+        self.drain()
         self.repository.store.sync()
+
+    def confirm(self) -> None:
+        """Make sure that no removal took what this writer relies on. Right before a ref moves.
+
+        Costs one LIST of `gc/`, and one of all objects after a day or a removal. Raises Busy.
+        """
+        while self._sweeps.must_look_again():
+            sweeps = Sweeps(self.repository.store)
+            listing = Listing.read(self.repository.store)
+            missing = sum(oid not in listing for oid in self._used)
+            if missing:
+                raise Busy(
+                    f"{self.repository.url}: {missing} objects were removed while this ran: run "
+                    "it again, which sends only what is missing"
+                )
+            self._sweeps = sweeps
 
     def __enter__(self) -> ObjectWriter:
         return self
@@ -151,11 +196,22 @@ def write_index(
     writer: ObjectWriter,
     tree: Index | None,
     levels: int,
-    changes: list[tuple[int, bytes]],
+    changes: Iterable[tuple[int, bytes]],
     keep: int | None = None,
 ) -> bytes:
-    """Write the nodes of `tree` with `changes` made; the new root (see `index.update`)."""
-    return update(tree, levels, changes, lambda plain: writer.write(Kind.NODE, plain), keep)
+    """Write the nodes of `tree` with `changes` made; the new root (see `index.update`).
+
+    Leaves go out in parallel; a node above them when all that was submitted before is stored.
+    """
+
+    def store(plain: bytes) -> bytes:
+        oid = object_id(Kind.NODE, plain)
+        if plain[0] > 0:
+            writer.drain()
+        writer.submit_as(oid, Kind.NODE, plain)
+        return oid
+
+    return update(tree, levels, changes, store, keep)
 
 
 def publish_commit(
@@ -167,11 +223,12 @@ def publish_commit(
 ) -> BranchRecord:
     """Store the commit, then move the branch to it. All below it must have been submitted.
 
-    Raises BranchMoved where the branch does not point to `expected`.
+    Raises BranchMoved where the branch does not point to `expected`; Busy during a removal.
     """
     writer.barrier()
     oid = writer.write(Kind.COMMIT, commit.encode())
     writer.barrier()
+    writer.confirm()
     return writer.repository.refs.move(
         commit.image, branch, oid, expected, author=commit.author, why=why
     )
