@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .chunkstore.base import ChunkStore
 from .errors import NotFound
@@ -18,7 +17,6 @@ from .repository.objects import NULL_ID, Kind
 from .repository.refs import BranchRecord
 from .repository.repository import Repository
 from .repository.writer import (
-    LIST_FROM,
     ObjectWriter,
     Written,
     check_same_chunks,
@@ -86,19 +84,18 @@ def generate(
     changes: dict[int, bytes] = {}
     lock = threading.Lock()
 
-    with ObjectWriter(repository, expected=_news(numbers, old)) as writer:
+    # What the last version has is there; a first version may find much of itself from a run that
+    # was interrupted, which one listing tells.
+    known = (oid for _, oid in tree.entries()) if tree is not None else ()
+    with ObjectWriter(repository, len(numbers) if old is None else 0, known) as writer:
 
         def submit(number: int) -> None:
-            def make() -> bytes:
-                return source.read(number * size, size)
-
-            def done(future: Future[bytes]) -> None:
+            def done(oid: bytes) -> None:
+                with lock:
+                    changes[number] = oid
                 progress.advance(size)
-                if not future.cancelled() and future.exception() is None:
-                    with lock:
-                        changes[number] = future.result()
 
-            writer.submit(Kind.CHUNK, make).add_done_callback(done)
+            writer.submit_from(Kind.CHUNK, size, lambda: source.read(number * size, size), done)
 
         for number in numbers:
             submit(number)
@@ -115,20 +112,12 @@ def generate(
             filesystem=source.filesystem,
         )
         root = write_index(writer, tree, commit.levels, _changes(tree, changes), keep=commit.chunks)
-        commit = Commit(**{**commit.__dict__, "index": root})
+        commit = replace(commit, index=root)
         record = publish_commit(writer, commit, branch, parent, why=f"generate: {message}"[:200])
         assert record.commit is not None
         return Generated(
             record.commit, commit, record, writer.written, len(numbers) * size, source.problems()
         )
-
-
-def _news(numbers: list[int], old: Commit | None) -> int:
-    """How many objects to expect: below LIST_FROM each is asked for, from there on all are listed.
-
-    A first version in an empty repository needs neither; the listing says so at once.
-    """
-    return max(len(numbers), LIST_FROM if old is None else 0)
 
 
 def _changes(tree: Index | None, found: dict[int, bytes]) -> list[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -73,20 +73,35 @@ class ObjectWriter:
 
         An all-zero chunk is never stored: its id is NULL_ID. Waits while too much is under way.
         """
-        return self._submit(kind, plain, None)
+        return self._submit(len(plain), lambda: self.write(kind, plain))
 
     def submit_as(self, oid: bytes, kind: Kind, plain: bytes) -> None:
         """Store an object whose id is known in the background."""
-        self._submit(kind, plain, oid)
+        self._submit(len(plain), lambda: self.write(kind, plain, oid))
 
-    def _submit(self, kind: Kind, plain: bytes, oid: bytes | None) -> Future[bytes]:
+    def submit_from(
+        self, kind: Kind, length: int, make: Callable[[], bytes], then: Callable[[bytes], None]
+    ) -> None:
+        """Store the `length` bytes that `make` returns, in the background, and tell `then` the id.
+
+        Both run in the pool, so that reading is as parallel as the rest; `drain` waits for both.
+        """
+
+        def work() -> bytes:
+            oid = self.write(kind, make())
+            then(oid)
+            return oid
+
+        self._submit(length, work)
+
+    def _submit(self, length: int, work: Callable[[], bytes]) -> Future[bytes]:
         with self._condition:
-            self._condition.wait_for(lambda: self._error or self._has_room(len(plain)))
+            self._condition.wait_for(lambda: self._error or self._has_room(length))
             self._raise_error()
             self._under_way += 1
-            self._bytes_under_way += len(plain)
-        future = self._pool.submit(self.write, kind, plain, oid)
-        future.add_done_callback(lambda done: self._done(done, len(plain)))
+            self._bytes_under_way += length
+        future = self._pool.submit(work)
+        future.add_done_callback(lambda done: self._done(done, length))
         return future
 
     def _has_room(self, length: int) -> bool:
