@@ -97,13 +97,11 @@ class Ext4Source(Source):
                         raise OutOfSpace(-(-(needed + (free or 0) - has) // BLOCK))
                     if self._tree.files + 16 > inodes:
                         raise OutOfSpace(1)
-                    pieces, self.layout = fill(
-                        filesystem, self._file.fd, self._tree, geometry, previous
-                    )
+                    pieces, self._places = fill(filesystem, self._file.fd, self._tree, previous)
                 except OutOfSpace as error:
                     missing = error.missing * BLOCK
                 else:
-                    self.size = geometry.size
+                    self.size, self._geometry = geometry.size, geometry
                     return pieces
             if size is not None:
                 least = round_up(size + missing + missing // 50 + MiB, MiB)
@@ -132,6 +130,11 @@ class Ext4Source(Source):
             self._offsets.append(offset)
         self._metadata = list(data_ranges(self._file.fd, 0, self.size))
         self._metadata_starts = [start for start, _ in self._metadata]
+
+    @property
+    def layout(self) -> Layout:
+        """Where everything lies, for the next version."""
+        return Layout(self._geometry, {entry.path(): place for entry, place in self._places})
 
     # ---- reading -------------------------------------------------------------------------------
 

@@ -25,7 +25,6 @@ from ..units import MiB
 from . import ext4_inode, ext4_xattr
 from .ext4_directory import FILE_TYPES, directory_blocks
 from .ext4_inode import FAST_LINK, MAX_FILE_BLOCKS, MAX_LINKS, Extent
-from .ext4_make import Geometry
 from .layout import Layout, Place
 from .libext2fs import BLOCK, LOST_AND_FOUND, Ext4
 from .space import Space
@@ -74,14 +73,14 @@ def wanted_blocks(entry: Entry) -> list[Range]:
 
 
 def fill(
-    filesystem: Ext4, fd: int, tree: Tree, geometry: Geometry, previous: Layout | None = None
-) -> tuple[list[Piece], Layout]:
+    filesystem: Ext4, fd: int, tree: Tree, previous: Layout | None = None
+) -> tuple[list[Piece], list[tuple[Entry, Place]]]:
     """Put `tree` into the empty `filesystem`, whose image is open as `fd`.
 
-    Returns the pieces, ascending, and the layout. Raises OutOfSpace if it is too small, UsageError
-    for a file that ext4 cannot hold.
+    Returns the pieces, ascending, and where everything lies. Raises OutOfSpace if it is too
+    small, UsageError for a file that ext4 cannot hold.
     """
-    return _Filler(filesystem, fd, tree, geometry, previous).run()
+    return _Filler(filesystem, fd, tree, previous).run()
 
 
 class _Filler:
@@ -90,19 +89,18 @@ class _Filler:
         filesystem: Ext4,
         fd: int,
         tree: Tree,
-        geometry: Geometry,
         previous: Layout | None,
     ) -> None:
         self._fs, self._fd, self._tree = filesystem, fd, tree
         self._previous = previous.places if previous else {}
-        self._layout = Layout(geometry)
         self._remove_lost_and_found()
         self._space = Space(filesystem.free_ranges())
         self._nodes = [_Node(entry) for entry in tree.walk() if entry.same_as is None]
         self._numbers: dict[Entry, int] = {}
         self._claims: dict[Entry, list[Extent]] = {}
+        self._marked = (0, 0)  # start and count of blocks that are taken and not yet marked so
 
-    def run(self) -> tuple[list[Piece], Layout]:
+    def run(self) -> tuple[list[Piece], list[tuple[Entry, Place]]]:
         self._number()
         self._claim()
         for node in self._nodes:
@@ -119,8 +117,10 @@ class _Filler:
                     self._make_file(node, pieces)
         for node in sorted(self._nodes, key=lambda node: node.number):
             self._write_inode(node)
+        self._mark(0, 0)
         pieces.sort(key=lambda piece: piece[0])
-        return pieces, self._layout
+        places = [(node.entry, Place(node.number, tuple(node.extents))) for node in self._nodes]
+        return pieces, places
 
     # ---- inodes --------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class _Filler:
                 for block in range(start, start + size)
             ]
             for block in tree_blocks:
-                self._fs.mark_blocks(block, 1)
+                self._mark(block, 1)
             node.body = ext4_inode.extent_tree(
                 extents, tree_blocks, lambda block, data: self._write_node(node, block, data)
             )
@@ -198,7 +198,6 @@ class _Filler:
                 xattrs=node.xattrs,
             ),
         )
-        self._layout.places[entry.path()] = Place(node.number, tuple(node.extents))
 
     def _write_node(self, node: _Node, block: int, data: bytes) -> None:
         write_all(self._fd, self._fs.seal_extent_block(node.number, data), block * BLOCK)
@@ -229,7 +228,7 @@ class _Filler:
 
     def _place(self, node: _Node, wanted: Sequence[Range], align: int = 1) -> None:
         """Give `node` its blocks: those it has a claim on, and new ones for the rest."""
-        claims = deque(self._claims.pop(node.entry, ()))
+        claims = deque(self._claims.pop(node.entry, ()) if self._claims else ())
         extents: list[Extent] = []
         for first, count in wanted:
             end = first + count
@@ -244,9 +243,19 @@ class _Filler:
                     first = stop
             extents.extend(self._new(first, end - first, align))
         for _, block, count in extents:
-            self._fs.mark_blocks(block, count)
+            self._mark(block, count)
             node.blocks += count
         node.extents = extents
+
+    def _mark(self, start: int, count: int) -> None:
+        """Blocks are taken one behind the other: marking them together saves most calls."""
+        begin, size = self._marked
+        if begin + size == start:
+            self._marked = (begin, size + count)
+            return
+        if size:
+            self._fs.mark_blocks(begin, size)
+        self._marked = (start, count)
 
     def _new(self, logical: int, count: int, align: int) -> Iterator[Extent]:
         if count > 0:
@@ -322,7 +331,7 @@ class _Filler:
             for at in range(0, len(nodes), ext4_xattr.MAX_REFERENCES):
                 part = nodes[at : at + ext4_xattr.MAX_REFERENCES]
                 ((block, _),) = self._space.take(1)
-                self._fs.mark_blocks(block, 1)
+                self._mark(block, 1)
                 shared = ext4_xattr.with_references(data, len(part))
                 self._fs.write_xattr_block(part[0].number, block, shared)
                 for node in part:
