@@ -112,11 +112,11 @@ class Driver(Protocol):
     def missing(self) -> tuple[str, str] | None:
         """What this machine lacks for it and how to get it; None if nothing."""
 
-    def attach(self, request: Request) -> Attachment:
-        """A device that is ready for I/O. Undoes itself on failure."""
+    def warning(self) -> str:
+        """What works less well than it could on this machine, in one line; mostly empty."""
 
-    def detach(self, attachment: Attachment, *, timeout: float, force: bool) -> None:
-        """Release the device. The caller made sure that nobody uses it, unless `force`."""
+    def attach(self, request: Request) -> Attachment:
+        """A device that is ready for I/O. What a failure leaves is for abort and release."""
 
     def status(self, attachment: Attachment) -> Status:
         """Without I/O on the device."""
@@ -124,8 +124,18 @@ class Driver(Protocol):
     def reconnect(self, attachment: Attachment) -> None:
         """Connect to a server that was started again. CannotReconnect if this way has no means."""
 
-    def clean_up(self, state: Path, timeout: float) -> list[str]:
-        """Take away what a crash left behind of `state`; one line about each thing removed."""
+    def devices(self, state: Path) -> list[str]:
+        """The devices that `state` led to and that are there now."""
+
+    def abort(self, state: Path) -> None:
+        """End everything that waits for the server with an error. What it had not taken is lost."""
+
+    def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
+        """Take the device and all helpers away; one line about each. It is flushed and unmounted.
+
+        Raises TimedOut after `timeout` seconds for a step. With `force` a device that somebody
+        still uses goes away by itself once they are done, and the line says so.
+        """
 
 
 def server_status(attachment: Attachment) -> Status:

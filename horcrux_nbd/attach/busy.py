@@ -7,6 +7,7 @@ hang on a dead one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _claimed(device: str) -> bool:
     try:
         os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
-        return error.errno == 16  # EBUSY
+        return error.errno == errno.EBUSY
     return False
 
 

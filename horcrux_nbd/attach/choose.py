@@ -17,12 +17,13 @@ DRIVERS: dict[str, Driver] = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to attach, for `doctor`; `missing` and `mend` are a line each, or empty."""
+    """One way to attach, for `doctor`. The texts are one line each, or empty."""
 
     name: str
     available: bool
     missing: str = ""
     mend: str = ""
+    warning: str = ""
 
 
 def ways() -> list[Way]:
@@ -30,7 +31,9 @@ def ways() -> list[Way]:
     found = []
     for name, driver in DRIVERS.items():
         lack = driver.missing()
-        found.append(Way(name, True) if lack is None else Way(name, False, *lack))
+        found.append(
+            Way(name, True, warning=driver.warning()) if lack is None else Way(name, False, *lack)
+        )
     return found
 
 

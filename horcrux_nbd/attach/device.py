@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import files
-from ..errors import Busy, EnvironmentProblem, NotFound
-from . import busy, choose
+from ..errors import Busy, EnvironmentProblem, HorcruxError, NotFound
+from . import busy, choose, mount
 from .base import CONNECTIONS, DEAD_TIMEOUT, RECORD, REQUEST_TIMEOUT, Attachment, Request, Status
+from .processes import ProgramFailed, run
 from .sockets import listener
 
 TIMEOUT = 30.0  # seconds for one step of a detach
@@ -71,26 +72,33 @@ def attach(
     return attachment
 
 
-def detach(attachment: Attachment, *, timeout: float = TIMEOUT, force: bool = False) -> None:
+def detach(attachment: Attachment, *, timeout: float = TIMEOUT, force: bool = False) -> list[str]:
     """Flush and release the device, stop our helpers, remove `state`. Safe to call again.
 
-    Its file systems have to be unmounted before. Raises Busy, which names who uses the device, and
-    TimedOut if a step takes longer than `timeout` seconds (the server does not answer). `force`
-    goes through nevertheless: it unmounts, and what has not reached the server by then is lost.
+    Its file systems have to be unmounted before. Raises Busy, which names who uses the device,
+    TimedOut if a step takes longer than `timeout` seconds (the server does not answer), and
+    HorcruxError if the last writes were refused; it stays attached then. `force` goes through
+    nevertheless, as `clean_up` does. One line about each thing that was taken away.
     """
     state = Path(attachment.state)
     current = Attachment.load(state)
     if current is not None and current != attachment:
         raise Busy(f"{attachment.name} was attached anew as {current.device}: detach that one")
-    if current is not None:
-        users = busy.users_of_device(attachment.device)
-        if users and not force:
-            raise Busy(
-                f"{attachment.device} ({attachment.name}) is in use by {busy.describe(users)}"
-            )
-        driver = choose.DRIVERS[attachment.via]
-        driver.detach(attachment, timeout=timeout, force=force)
-    clean_up(state, timeout=timeout)
+    if current is None or force:
+        return clean_up(state, timeout=timeout)
+    device = attachment.device
+    if users := busy.users_of_device(device):
+        raise Busy(f"{device} ({attachment.name}) is in use by {busy.describe(users)}")
+    try:
+        run(["sync", device], timeout)  # what was written to the device itself and never flushed
+    except ProgramFailed as error:
+        raise HorcruxError(
+            f"{device} ({attachment.name}) did not take its last writes ({error.said}), so its "
+            "server is gone or has failed: only `detach --force` goes on, and loses them"
+        ) from error
+    removed = choose.DRIVERS[attachment.via].release(state, timeout=timeout, force=False)
+    _remove(state)
+    return removed
 
 
 def status(attachment: Attachment) -> Status:
@@ -119,18 +127,26 @@ def reconnect(attachment: Attachment) -> Attachment:
 def clean_up(state: Path, *, timeout: float = TIMEOUT) -> list[str]:
     """Remove everything that `state` ever led to, whatever died when; one line about each thing.
 
-    For what a crash left: it unmounts, lazily where it must, and does not wait for a server. Never
-    for an attachment that works, which `detach` ends with its data flushed.
+    For what a crash left, and for a server that does not come back: nothing here waits for it.
+    File systems are unmounted; one that is in use is taken out of the folder tree and ends with its
+    last user. What had not reached the server is lost.
     """
     state = state.absolute()
     removed = []
     for driver in choose.DRIVERS.values():
-        removed += driver.clean_up(state, timeout)
+        driver.abort(state)
+        for device in driver.devices(state):
+            removed += mount.give_up(device, timeout=timeout)
+        removed += driver.release(state, timeout=timeout, force=True)
+    _remove(state)
+    return removed
+
+
+def _remove(state: Path) -> None:
     if state.exists():
         (state / RECORD).unlink(missing_ok=True)
         files.sweep_temporaries(state)
         state.rmdir()  # not rmtree: never into something that is still mounted below
-    return removed
 
 
 def _is_socket(path: Path) -> bool:

@@ -20,15 +20,16 @@ import os
 import shutil
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
-from ..errors import EnvironmentProblem
+from ..errors import Busy, EnvironmentProblem
+from . import busy
 from .base import Attachment, CannotReconnect, Request, Status, server_status
 from .mountinfo import mounted_at
 from .processes import (
     ENVIRONMENT,
     Process,
-    ProgramFailed,
     TimedOut,
     io_flusher,
     run,
@@ -39,6 +40,7 @@ from .processes import (
 NAME = "fuse"
 START_TIMEOUT = 30.0  # seconds for nbdfuse to connect; the server may fetch an index root first
 PROGRAMS = {"nbdfuse": "libnbd-bin", "losetup": "mount", "umount": "mount"}
+ABORT_TIMEOUT = 3.0  # seconds for what a killed process held to come free
 FOLDER, FILE, PIDFILE, LOG = "fuse", "nbd", "nbdfuse.pid", "nbdfuse.log"
 
 
@@ -53,6 +55,15 @@ class FuseLoop:
             if not os.path.exists(node):
                 return f"{node} is not there", f"modprobe {module}, or give it to the container"
         return None
+
+    def warning(self) -> str:
+        with io_flusher() as allowed:
+            if allowed:
+                return ""
+        return (
+            "CAP_SYS_RESOURCE is missing, so nbdfuse cannot be marked PR_SET_IO_FLUSHER: when "
+            "memory runs out, the device may hang"
+        )
 
     def attach(self, request: Request) -> Attachment:
         nbdfuse = self._start_nbdfuse(request)
@@ -126,16 +137,6 @@ class FuseLoop:
             return lines[-1] if lines else "it said nothing"
         return "it said nothing"
 
-    def detach(self, attachment: Attachment, *, timeout: float, force: bool) -> None:
-        state = Path(attachment.state)
-        if force:
-            # Whatever waits for the server wakes up with an error, and nothing new can wait.
-            for process in _nbdfuses(state):
-                process.signal(signal.SIGKILL)
-        else:
-            run(["sync", attachment.device], timeout)  # what was written and never flushed
-        self.clean_up(state, timeout, orderly=not force)
-
     def status(self, attachment: Attachment) -> Status:
         state = Path(attachment.state)
         for process in attachment.processes:
@@ -148,37 +149,40 @@ class FuseLoop:
     def reconnect(self, attachment: Attachment) -> None:
         raise CannotReconnect(attachment)
 
-    def clean_up(self, state: Path, timeout: float, orderly: bool = False) -> list[str]:
-        """With `orderly`, a step that fails ends it, with everything else still working."""
+    def devices(self, state: Path) -> list[str]:
+        return loop_devices(state / FOLDER / FILE)
+
+    def abort(self, state: Path) -> None:
+        # A killed program's losetup may still be at work and would bind a device behind our back.
+        for process in _helpers(state):
+            process.signal(signal.SIGKILL)
+        for process in _helpers(state):
+            process.wait_gone(ABORT_TIMEOUT)
+
+    def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []
-        file, folder = state / FOLDER / FILE, state / FOLDER
-        devices = loop_devices(file)
-        if devices and not orderly:
-            for process in _nbdfuses(state):
-                process.signal(signal.SIGKILL)
-        for device in devices:
+        folder = state / FOLDER
+        for device in self.devices(state):
+            # With a user left, the kernel only marks it to go with the last one.
             run(["losetup", "--detach", device], timeout)
-            if not wait_until(lambda: not loop_devices(file), timeout):
-                raise TimedOut(f"{device} is still in use after {timeout:.0f} s: see `fuser -vm`")
-            removed.append(f"released {device}")
+            limit = ABORT_TIMEOUT if force else timeout
+            if wait_until(partial(_is_free, device, folder / FILE), limit):
+                removed.append(f"released {device}")
+            elif force:
+                removed.append(f"{device} goes away once nobody uses it any more")
+            else:
+                users = busy.describe(busy.users_of_device(device)) or "somebody"
+                raise Busy(f"{device} is still in use by {users}")
         while mounted_at(folder):
-            try:
-                run(["umount", "--internal-only", "--no-canonicalize", str(folder)], timeout)
-            except (ProgramFailed, TimedOut):
-                if orderly:
-                    raise
-                run(["umount", "--internal-only", "--no-canonicalize", "-l", str(folder)], timeout)
+            lazy = ["--lazy"] if force else []
+            run(["umount", "--internal-only", "--no-canonicalize", *lazy, str(folder)], timeout)
             removed.append(f"unmounted {folder}")
-        for process in _nbdfuses(state):
-            # Unmounting ends it; one that had not mounted yet, or is wedged, is told to.
-            if not process.wait_gone(timeout if orderly else 1.0) and not process.stop(1.0):
-                raise TimedOut(
-                    f"nbdfuse (pid {process.pid}) cannot be ended: reboot to be rid of it"
-                )
-            removed.append(f"ended nbdfuse {process.pid}")
+        for process in _helpers(state):  # unmounting ends it
+            if not process.wait_gone(timeout) and not process.stop(ABORT_TIMEOUT):
+                raise TimedOut(f"nbdfuse (pid {process.pid}) cannot be ended: see its kernel stack")
+            removed.append(f"ended nbdfuse (pid {process.pid})")
         for name in (PIDFILE, LOG):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(state / name)
+            (state / name).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
         return removed
@@ -196,8 +200,13 @@ def loop_devices(file: Path) -> list[str]:
     return found
 
 
-def _nbdfuses(state: Path) -> list[Process]:
-    return with_argument("nbdfuse", str(state / FOLDER))
+def _is_free(device: str, file: Path) -> bool:
+    return device not in loop_devices(file)
+
+
+def _helpers(state: Path) -> list[Process]:
+    folder = state / FOLDER
+    return with_argument("nbdfuse", str(folder)) + with_argument("losetup", str(folder / FILE))
 
 
 DRIVER = FuseLoop()

@@ -14,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-from ..errors import EnvironmentProblem, HorcruxError
-from . import handshake, nbd_netlink
+from ..errors import Busy, EnvironmentProblem, HorcruxError
+from . import busy, handshake, nbd_netlink
 from .base import Attachment, Request, Status, server_status
-from .processes import ProgramFailed, TimedOut, run, wait_until
+from .processes import ProgramFailed, run, wait_until
 
 NAME = "nbd"
+ABORT_TIMEOUT = 10.0  # seconds to disconnect, with a Python to start
 CONNECT_TIMEOUT = 30.0  # seconds; the server may fetch an index root first
 SECTOR = 512  # see fuse_loop.py
 MAX_SECTORS_KB = 1024  # the kernel's default of 128 KiB cuts sequential reads into small requests
@@ -39,6 +41,9 @@ class KernelNbd:
         if not module.exists():
             return "the kernel has no nbd module loaded", "modprobe nbd, if the kernel has it"
         return None
+
+    def warning(self) -> str:
+        return ""
 
     def attach(self, request: Request) -> Attachment:
         streams, export = handshake.connect_all(
@@ -59,7 +64,7 @@ class KernelNbd:
         finally:
             handshake.close_all(streams)
         if numbers(backend) != [number]:
-            self._disconnect(number, CONNECT_TIMEOUT)
+            disconnect(number, CONNECT_TIMEOUT)
             raise EnvironmentProblem(
                 "this kernel's NBD driver keeps no name for a device, so a crash could lose it: "
                 "use Linux 5.15 or later, or --via fuse"
@@ -76,11 +81,6 @@ class KernelNbd:
             read_only=bool(flags & handshake.READ_ONLY),
             connections=len(streams),
         )
-
-    def detach(self, attachment: Attachment, *, timeout: float, force: bool) -> None:
-        if not force:
-            run(["sync", attachment.device], timeout)
-        self.clean_up(Path(attachment.state), timeout)
 
     def status(self, attachment: Attachment) -> Status:
         if _number(attachment) not in numbers(identifier(Path(attachment.state))):
@@ -102,23 +102,35 @@ class KernelNbd:
         finally:
             handshake.close_all(streams)  # the kernel holds those that it took
 
-    def clean_up(self, state: Path, timeout: float) -> list[str]:
+    def devices(self, state: Path) -> list[str]:
+        return [f"/dev/nbd{number}" for number in numbers(identifier(state))]
+
+    def abort(self, state: Path) -> None:
+        for number in numbers(identifier(state)):
+            disconnect(number, ABORT_TIMEOUT)
+
+    def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []
         for number in numbers(identifier(state)):
-            self._disconnect(number, timeout)
-            if not wait_until(lambda: not numbers(identifier(state)), timeout):
-                raise TimedOut(f"/dev/nbd{number} is still there {timeout:.0f} s after disconnect")
-            removed.append(f"released /dev/nbd{number}")
+            disconnect(number, timeout)
+            # While somebody has it open the kernel keeps it, and its name, without connections.
+            limit = ABORT_TIMEOUT if force else timeout
+            if wait_until(partial(_is_free, number, identifier(state)), limit):
+                removed.append(f"released /dev/nbd{number}")
+            elif force:
+                removed.append(f"/dev/nbd{number} goes away once nobody uses it any more")
+            else:
+                users = busy.describe(busy.users_of_device(f"/dev/nbd{number}")) or "somebody"
+                raise Busy(f"/dev/nbd{number} is disconnected but still in use by {users}")
         return removed
 
-    def _disconnect(self, number: int, timeout: float) -> None:
-        try:
-            run(
-                [sys.executable, "-m", nbd_netlink.__name__, "disconnect", str(number)],
-                timeout,
-            )
-        except ProgramFailed as error:
-            raise HorcruxError(error.said) from error
+
+def disconnect(number: int, timeout: float) -> None:
+    """In a process of its own: the kernel sends a farewell, and waits if nobody reads it."""
+    try:
+        run([sys.executable, "-m", nbd_netlink.__name__, "disconnect", str(number)], timeout)
+    except ProgramFailed as error:
+        raise HorcruxError(error.said) from error
 
 
 def identifier(state: Path) -> str:
@@ -135,6 +147,10 @@ def numbers(backend: str) -> list[int]:
                 if (SYSFS / name / "backend").read_text().rstrip("\n") == backend:
                     found.append(int(name[3:]))
     return found
+
+
+def _is_free(number: int, backend: str) -> bool:
+    return number not in numbers(backend)
 
 
 def _number(attachment: Attachment) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import Busy, EnvironmentProblem, NotFound, UsageError
 from . import busy, superblock
-from .mountinfo import Mount, below, mounted_at, mounts_of
+from .mountinfo import Mount, below, device_number, mounted_at, mounts_of
 from .processes import ProgramFailed, TimedOut, run
 
 # Atime updates are writes; an image comes from elsewhere, so its set-user-id programs and device
@@ -43,10 +43,11 @@ def mount(
     if not target.is_dir():
         raise NotFound(f"{target} is not a folder: make it first")
     target = target.resolve()
-    fstype = superblock.filesystem(device)
+    head = superblock.read(device, timeout)
+    fstype = superblock.filesystem(head, device)
     words = [*DEFAULT_OPTIONS, *_checked(options), "ro" if read_only else "rw"]
-    if read_only:
-        words += _without_recovery(device, fstype)
+    if _takes_no_writes(device):
+        words += _without_recovery(head, fstype)
     try:
         # --internal-only: no mount.TYPE helper from the PATH gets to run on a foreign image.
         run(
@@ -97,17 +98,37 @@ def unmount(target: Path, *, timeout: float = TIMEOUT, lazy: bool = False) -> bo
             return True
 
 
-def unmount_device(device: str, *, timeout: float = TIMEOUT, lazy: bool = False) -> list[str]:
+def unmount_device(device: str, *, timeout: float = TIMEOUT) -> list[str]:
     """Unmount `device` wherever our mount namespace has it; the folders. Raises as `unmount`."""
     gone = []
     while found := mounts_of(device):
-        for inner in below(found[-1].target) if lazy else ():
-            unmount(Path(inner.target), timeout=timeout, lazy=True)
-        if mounted_at(found[-1].target) != found[-1]:
-            raise Busy(f"{found[-1].target} is hidden below another mount: unmount that first")
-        unmount(Path(found[-1].target), timeout=timeout, lazy=lazy)
-        gone.append(found[-1].target)
+        target = Path(found[-1].target)
+        if mounted_at(target) != found[-1]:
+            raise Busy(f"{target} is hidden below another mount: unmount that first")
+        unmount(target, timeout=timeout)
+        gone.append(str(target))
     return gone
+
+
+def give_up(device: str, *, timeout: float = TIMEOUT) -> list[str]:
+    """Unmount `device` everywhere whatever uses it; one line about each mount.
+
+    Its server is dead, so that nothing here may wait for it or be refused.
+    """
+    done = []
+    while found := mounts_of(device):
+        target = Path(found[-1].target)
+        # What is mounted on top of it or below it would keep it.
+        for inner in [*below(target), mounted_at(target)]:
+            if inner is None:
+                continue
+            users = busy.describe(busy.users_of_mount(inner.target))
+            unmount(Path(inner.target), timeout=timeout, lazy=True)
+            done.append(
+                f"unmounted {inner.target}"
+                + (f"; it ends with its last user: {users}" if users else "")
+            )
+    return done
 
 
 def _checked(options: Sequence[str]) -> list[str]:
@@ -122,15 +143,19 @@ def _checked(options: Sequence[str]) -> list[str]:
     return words
 
 
-def _without_recovery(device: str, fstype: str) -> list[str]:
+def _takes_no_writes(device: str) -> bool:
+    return Path(f"/sys/dev/block/{device_number(device)}/ro").read_text().strip() == "1"
+
+
+def _without_recovery(head: bytes, fstype: str) -> list[str]:
     """Options for a file system that was never unmounted, on a device that takes no writes.
 
-    Without them the kernel refuses (ext4 "write access unavailable, cannot proceed"). What the
-    journal holds is not seen then; a writable volume of the same version replays it.
+    Without them the kernel refuses (ext4: "write access unavailable, cannot proceed"). What is only
+    in the journal is not seen then; a writable volume of the same version replays it.
     """
-    if fstype in ("ext3", "ext4") and superblock.needs_recovery(device):
+    if superblock.needs_recovery(head):
         return ["noload"]
-    if fstype == "xfs":  # its log has no flag that says dirty; harmless on a clean one
+    if fstype == "xfs":  # nothing in its superblock says so; harmless on a clean one
         return ["norecovery"]
     return []
 

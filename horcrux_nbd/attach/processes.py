@@ -139,7 +139,12 @@ def with_argument(program: str, argument: str) -> list[Process]:
     return found
 
 
-def run(argv: Sequence[str], timeout: float, pass_fds: Sequence[int] = ()) -> str:
+def run(argv: Sequence[str], timeout: float) -> str:
+    """`run_bytes`, as text."""
+    return run_bytes(argv, timeout).decode(errors="replace")
+
+
+def run_bytes(argv: Sequence[str], timeout: float) -> bytes:
     """Standard output of `argv`, which has `timeout` seconds; returns even if it cannot be killed.
 
     Raises ProgramFailed with what it wrote to standard error, TimedOut, EnvironmentProblem if the
@@ -155,7 +160,6 @@ def run(argv: Sequence[str], timeout: float, pass_fds: Sequence[int] = ()) -> st
                 stderr=err,
                 cwd="/",
                 env=ENVIRONMENT,
-                pass_fds=pass_fds,
                 start_new_session=True,
             )
         except FileNotFoundError:
@@ -175,7 +179,7 @@ def run(argv: Sequence[str], timeout: float, pass_fds: Sequence[int] = ()) -> st
         if status:
             said = " ".join(err.read(4096).decode(errors="replace").split())
             raise ProgramFailed(argv, status, said)
-        return out.read().decode(errors="replace")
+        return out.read()
 
 
 def wait_until(done: Callable[[], bool], timeout: float, step: float = 0.01) -> bool:

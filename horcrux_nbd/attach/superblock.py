@@ -6,19 +6,18 @@ only file systems that people keep data in are mounted, and none that mount(8) w
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ..errors import UsageError
+from .processes import run_bytes
 
 # (name, offset, magic). Source: the kernel's include/uapi/linux/magic.h and each one's own layout.
 _MAGICS = (
     ("xfs", 0, b"XFSB"),
     ("btrfs", 0x10040, b"_BHRfS_M"),
     ("ext", 1024 + 0x38, b"\x53\xef"),
-    ("f2fs", 1024, b"\x10\x20\xf5\xf2"),
 )
-SUPPORTED = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs")
+SUPPORTED = ("ext2", "ext3", "ext4", "xfs", "btrfs")
 _EXT_HAS_JOURNAL = 0x4  # s_feature_compat
 _EXT_NEEDS_RECOVERY = 0x4  # s_feature_incompat
 _EXT3_INCOMPAT = 0x2 | 0x4 | 0x8 | 0x10  # filetype, recovery, journal device, meta_bg
@@ -26,9 +25,20 @@ _EXT3_RO_COMPAT = 0x1 | 0x2 | 0x4  # sparse_super, large_file, btree_dir
 READ = 0x10048  # bytes: up to the last magic
 
 
-def filesystem(device: str | Path) -> str:
-    """The file system on `device`, one of SUPPORTED. Raises UsageError if it holds none of them."""
-    name = detect(_head(device))
+def read(device: str | Path, timeout: float) -> bytes:
+    """The first READ bytes of `device`, by a child process: a server that hangs must not hang us.
+
+    Raises TimedOut, ProgramFailed.
+    """
+    return run_bytes(["head", "--bytes", str(READ), str(device)], timeout)
+
+
+def filesystem(head: bytes, device: str) -> str:
+    """The file system that begins with `head`, one of SUPPORTED. Raises UsageError for any other.
+
+    `device` is for the message.
+    """
+    name = detect(head)
     if not name:
         raise UsageError(
             f"{device} holds no file system that can be mounted ({', '.join(SUPPORTED)}): an image "
@@ -45,18 +55,9 @@ def detect(head: bytes) -> str:
     return ""
 
 
-def needs_recovery(device: str | Path) -> bool:
+def needs_recovery(head: bytes) -> bool:
     """Whether an ext journal must be replayed first, which a read-only device cannot do."""
-    head = _head(device)
     return detect(head).startswith("ext") and bool(_ext_features(head)[1] & _EXT_NEEDS_RECOVERY)
-
-
-def _head(device: str | Path) -> bytes:
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, READ, 0)
-    finally:
-        os.close(fd)
 
 
 def _ext_features(head: bytes) -> tuple[int, int, int]:

@@ -19,7 +19,6 @@ from .base import Attachment, CannotReconnect, Request, Status, server_status
 from .processes import (
     ENVIRONMENT,
     Process,
-    ProgramFailed,
     TimedOut,
     io_flusher,
     run,
@@ -50,6 +49,9 @@ class Ublk:
         if not CONTROL.exists():
             return f"{CONTROL} is not there", "modprobe ublk_drv (Linux 6.0 or later)"
         return None
+
+    def warning(self) -> str:
+        return "this way was never run by its authors: please report how it goes"
 
     def attach(self, request: Request) -> Attachment:
         number = free_number()
@@ -84,11 +86,6 @@ class Ublk:
             processes=(process,),
         )
 
-    def detach(self, attachment: Attachment, *, timeout: float, force: bool) -> None:
-        if not force:
-            run(["sync", attachment.device], timeout)
-        self.clean_up(Path(attachment.state), timeout)
-
     def status(self, attachment: Attachment) -> Status:
         for process in attachment.processes:
             if not process.alive():
@@ -98,24 +95,39 @@ class Ublk:
     def reconnect(self, attachment: Attachment) -> None:
         raise CannotReconnect(attachment)
 
-    def clean_up(self, state: Path, timeout: float) -> list[str]:
-        try:
-            number = int((state / CHOSEN).read_text())
-        except (FileNotFoundError, ValueError):
-            return []
+    def devices(self, state: Path) -> list[str]:
+        device = Path(f"/dev/ublkb{chosen(state)}")
+        return [str(device)] if _is_device(device) else []
+
+    def abort(self, state: Path) -> None:
+        for process in _helpers(state):
+            process.signal(signal.SIGKILL)
+            process.wait_gone(START_TIMEOUT)
+
+    def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []
-        mine = with_argument("nbdublk", f"/dev/ublkb{number}")
-        if mine or _is_device(Path(f"/dev/ublkb{number}")):
-            with contextlib.suppress(ProgramFailed):
-                run(["ublk", "del", "-n", str(number)], timeout)
-            removed.append(f"released /dev/ublkb{number}")
-        for process in mine:
-            process.signal(signal.SIGTERM)
-            if not process.stop(timeout):
+        for device in self.devices(state):
+            run(["ublk", "del", "-n", str(chosen(state))], timeout)
+            removed.append(f"released {device}")
+        for process in _helpers(state):  # deleting its device ends it
+            if not process.wait_gone(timeout) and not process.stop(timeout):
                 raise TimedOut(f"nbdublk (pid {process.pid}) cannot be ended")
-        (state / CHOSEN).unlink()
-        (state / LOG).unlink(missing_ok=True)
+            removed.append(f"ended nbdublk (pid {process.pid})")
+        for name in (CHOSEN, LOG):
+            (state / name).unlink(missing_ok=True)
         return removed
+
+
+def chosen(state: Path) -> int | None:
+    """The device number that `state` was given; None if none was."""
+    try:
+        return int((state / CHOSEN).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _helpers(state: Path) -> list[Process]:
+    return with_argument("nbdublk", f"/dev/ublkb{chosen(state)}")
 
 
 def command(request: Request, number: int) -> list[str]:
