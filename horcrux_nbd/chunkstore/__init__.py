@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import StoreMissing
 from .base import ChunkStore, Stat
 from .retry import RetryStore
 from .url import StoreURL, parse_store_url
@@ -36,11 +35,6 @@ def open_store(
                 opening.prepare()
             else:
                 opening.check()
-    except StoreMissing as error:
-        store.close()
-        if create:
-            raise
-        raise StoreMissing(f"{error}: check the URL, or make a repository there") from None
     except BaseException:
         store.close()
         raise

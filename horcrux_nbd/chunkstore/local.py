@@ -70,7 +70,9 @@ class LocalStore(ChunkStore):
         try:
             mode = os.stat(self._root).st_mode
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreMissing(f"{self.url}: there is no folder {self._root}") from None
+            raise StoreMissing(
+                f"{self.url}: there is no folder {self._root}: check the path"
+            ) from None
         except OSError as error:
             raise self._error(error, "cannot look at the folder") from error
         if not stat.S_ISDIR(mode):

@@ -12,12 +12,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from ..errors import KeyExists, StoreUnavailable
 from .base import ChunkStore, Stat
-
-T = TypeVar("T")
+from .wrapper import T, WrapperStore
 
 LIMIT = 60.0  # seconds
 FIRST_PAUSE = 0.1  # seconds; a connection that died while idle is replaced at once
@@ -26,7 +24,7 @@ LONGEST_PAUSE = 4.0  # seconds; how long after its return a store may go unnotic
 _log = logging.getLogger("horcrux_nbd.chunkstore")
 
 
-class RetryStore(ChunkStore):
+class RetryStore(WrapperStore):
     """`store`, with what is unavailable tried again for up to `limit` seconds.
 
     `limit` includes what the last attempt may take (`store.timeout`), so no operation lasts longer,
@@ -43,24 +41,16 @@ class RetryStore(ChunkStore):
         first_pause: float = FIRST_PAUSE,
         longest_pause: float = LONGEST_PAUSE,
     ) -> None:
-        self.store = store
+        super().__init__(store)
         self.stop = stop or threading.Event()
         self.limit = limit
         self._first, self._longest = first_pause, longest_pause
 
     @property
-    def url(self) -> str:  # type: ignore[override]
-        return self.store.url
-
-    @property
-    def concurrency(self) -> int:  # type: ignore[override]
-        return self.store.concurrency
-
-    @property
     def timeout(self) -> float:  # type: ignore[override]
         return self.limit
 
-    def _retry(self, what: str, operation: Callable[[], T]) -> T:
+    def _do(self, what: str, operation: Callable[[], T]) -> T:
         attempts = _Attempts(self, what)
         while True:
             try:
@@ -70,18 +60,6 @@ class RetryStore(ChunkStore):
             else:
                 attempts.succeeded()
                 return result
-
-    def prepare(self) -> None:
-        self._retry("prepare", self.store.prepare)
-
-    def check(self) -> None:
-        self._retry("check", self.store.check)
-
-    def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
-        return self._retry(f"get {key}", lambda: self.store.get(key, offset, length))
-
-    def put(self, key: str, data: bytes) -> None:
-        self._retry(f"put {key}", lambda: self.store.put(key, data))
 
     def put_exclusive(self, key: str, data: bytes) -> None:
         """As the contract says, and: if an answer got lost, reads back whether we had won.
@@ -102,19 +80,7 @@ class RetryStore(ChunkStore):
                 if not uncertain or self.store.get(key) != data:
                     raise
 
-        self._retry(f"put {key}", attempt)
-
-    def stat(self, key: str) -> Stat:
-        return self._retry(f"stat {key}", lambda: self.store.stat(key))
-
-    def exists(self, key: str) -> bool:
-        return self._retry(f"stat {key}", lambda: self.store.exists(key))
-
-    def children(self, prefix: str) -> list[str]:
-        return self._retry(f"list {prefix}", lambda: self.store.children(prefix))
-
-    def delete(self, key: str) -> None:
-        self._retry(f"delete {key}", lambda: self.store.delete(key))
+        self._do(f"put {key}", attempt)
 
     def list(self, prefix: str = "", after: str = "", limit: int | None = None) -> Iterator[Stat]:
         attempts = _Attempts(self, f"list {prefix}")

@@ -166,7 +166,7 @@ class S3Store(ChunkStore):
             return KeyNotFound(self.url, key)
         if code in ("NoSuchBucket", "404"):
             return StoreMissing(
-                f"{self.url}: {self._where} has no bucket {self._bucket!r}: Horcrux makes none"
+                f"{self.url}: {self._where} has no bucket {self._bucket!r}: check it or make it"
             )
         if code in _REGION or status == 301:
             region = detail.get("Region") or answer.get("ResponseMetadata", {}).get(

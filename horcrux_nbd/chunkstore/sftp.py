@@ -80,7 +80,7 @@ class SftpStore(ChunkStore):
         except Status as status:
             if status.code == sftp_wire.NO_SUCH_FILE:
                 raise StoreMissing(
-                    f"{self.url}: there is no folder {self._root} on the server"
+                    f"{self.url}: the server has no folder {self._root}: check the path"
                 ) from None
             raise self._error(status, "cannot look at the folder") from None
         if not found.is_folder:

@@ -115,8 +115,8 @@ class Network:
                 return
             back, other = await asyncio.open_connection("127.0.0.1", self.target, limit=PIECE)
             self._writers.add(other)
-            for end in (writer, other):
-                end.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for side in (writer, other):
+                side.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.gather(
                 self._carry(reader, other, up=True), self._carry(back, writer, up=False)
             )

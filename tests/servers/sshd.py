@@ -1,4 +1,4 @@
-"""A real OpenSSH server: own port, host key and user key, for SFTP as the user who runs the tests."""
+"""A real OpenSSH server with its own port, host key and user key; it serves whoever runs it."""
 
 from __future__ import annotations
 
