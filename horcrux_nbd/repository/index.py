@@ -54,6 +54,14 @@ def check_node(plain: bytes, level: int) -> bytes:
     return plain[NODE_HEADER.size :]
 
 
+def table_ids(table: bytes) -> Iterator[bytes]:
+    """The ids in a node's table that are not null."""
+    for at in range(0, len(table), ID_SIZE):
+        oid = table[at : at + ID_SIZE]
+        if oid != NULL_ID:
+            yield oid
+
+
 class Index:
     """One tree, read through `load`. Safe to use from any number of threads."""
 

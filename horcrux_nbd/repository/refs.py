@@ -33,8 +33,8 @@ from .records import MAX_RECORD, decode_record, encode_record, text
 
 _TOP = 10**20 - 1
 _NUMBER = re.compile(r"[0-9]{20}")
-# Names that a copying program left among the records (`….partial`) may come first; beyond a few,
-# the whole folder is listed.
+# Names that a copying program left among the records (`….partial`) may come first; where they are
+# more than a few, the whole folder is listed.
 _FEW = 8
 # Branches whose heads are read for the message about an unknown name.
 _MANY = 64
@@ -123,26 +123,24 @@ class Refs:
     def _branch_prefix(self, image: str, branch: str) -> str:
         return f"refs/{check_name('image', image)}/heads/{check_name('branch', branch)}/"
 
-    def records(self, image: str, branch: str, limit: int | None = None) -> Iterator[BranchRecord]:
-        """The records of a branch, newest first (a reflog). Raises Damaged.
+    def records(self, image: str, branch: str) -> Iterator[BranchRecord]:
+        """The records of a branch, newest first (a reflog). Raises Damaged."""
+        return map(self.read_record, self.record_keys(image, branch))
+
+    def record_keys(self, image: str, branch: str) -> list[str]:
+        """The keys of a branch's records, newest first.
 
         Keys that are no numbers, such as what a copying program left, are passed over.
         """
-        prefix = self._branch_prefix(image, branch)
-        for pages in (_FEW, None) if limit == 1 else (None,):
-            seen = count = 0
-            for entry in self._store.list(prefix, limit=pages):
-                seen += 1
-                if not _NUMBER.fullmatch(entry.key[len(prefix) :]):
-                    continue
-                yield self._read_record(entry.key)
-                count += 1
-                if count == limit:
-                    return
-            if pages is None or seen < pages:
-                return
+        return self._record_keys(self._branch_prefix(image, branch), None)[0]
 
-    def _read_record(self, key: str) -> BranchRecord:
+    def _record_keys(self, prefix: str, limit: int | None) -> tuple[list[str], int]:
+        """The keys of records among the first `limit` keys, and how many keys that were."""
+        keys = [entry.key for entry in self._store.list(prefix, limit=limit)]
+        return [key for key in keys if _NUMBER.fullmatch(key[len(prefix) :])], len(keys)
+
+    def read_record(self, key: str) -> BranchRecord:
+        """The record of a branch under `key`. Raises Damaged, KeyNotFound."""
         found = self._read(key, ("author", "time", "why", "token"))
         return BranchRecord(number=_TOP - int(key[-20:]), **found)
 
@@ -152,7 +150,10 @@ class Refs:
 
     def head(self, image: str, branch: str) -> BranchRecord | None:
         """The newest record, also that of a deletion; None if there never was such a branch."""
-        return next(self.records(image, branch, limit=1), None)
+        keys, seen = self._record_keys(self._branch_prefix(image, branch), _FEW)
+        if not keys and seen == _FEW:
+            keys = self.record_keys(image, branch)
+        return self.read_record(keys[0]) if keys else None
 
     def tag(self, image: str, tag: str) -> TagRecord | None:
         """A tag's record, or None."""
@@ -179,6 +180,10 @@ class Refs:
             with contextlib.suppress(Damaged):  # no reason to hide what the message is about
                 branches = list(self.heads(image))
         return branches + self.tags(image)
+
+    def is_shallow(self, image: str, commit: bytes) -> bool:
+        """Whether the parents of `commit` were removed on purpose (docs/format.md, "Removal")."""
+        return self._store.exists(f"refs/{check_name('image', image)}/shallow/{commit.hex()}")
 
     # ---- what moves
 
@@ -218,7 +223,7 @@ class Refs:
         return record
 
     def _is_ours(self, key: str, record: BranchRecord) -> bool:
-        return self._read_record(key).token == record.token
+        return self.read_record(key).token == record.token
 
     def _moved(self, image: str, branch: str, record: BranchRecord | None) -> BranchMoved:
         if record is None:

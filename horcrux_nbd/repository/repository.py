@@ -233,8 +233,15 @@ class Repository:
                     f"{version}: {version.image}@{name} has only {step} "
                     f"version{'' if step == 1 else 's'} before it"
                 )
-            oid = commit.parents[0]
-            commit = self.read_commit(oid)
+            child, oid = oid, commit.parents[0]
+            try:
+                commit = self.read_commit(oid)
+            except Damaged:
+                if not self.refs.is_shallow(version.image, child):
+                    raise
+                raise NotFound(
+                    f"{version}: what was before {version.image}@{child.hex()[:12]} was removed"
+                ) from None
         return Resolved(version, oid, commit)
 
     def _base(self, image: str, name: str) -> bytes | None:
