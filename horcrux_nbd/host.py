@@ -18,8 +18,8 @@ from typing import Any
 from . import control, files, paths, server
 from .attach import device as devices
 from .attach.base import Attachment
+from .attach.mount import give_up, unmount_device
 from .attach.mount import mount as mount_device
-from .attach.mount import unmount_device
 from .attach.mountinfo import Mount, mounts_of
 from .chunkstore import open_store
 from .errors import Busy, Damaged, HorcruxError, NotFound, UsageError
@@ -296,7 +296,7 @@ def umount(name_or_folder: str, *, force: bool = False) -> str:
         attachment = Attachment.load(_attach_state(name))
         mounted = bool(attachment and mounts_of(attachment.device))
         if attachment is not None:
-            unmount_device(attachment.device, lazy=force)
+            (give_up if force else unmount_device)(attachment.device)
         was_attached = _detach(name, force)
         if not mounted and not was_attached:
             raise NotFound(f"volume {name} is not mounted")

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .names import check_name, check_ref
 from .repository.repository import Resolved
 from .units import MiB, parse_size
 from .volume import volume as volumes
+from .volume.state import Pending
 from .volume.volume import Volume
 
 __all__ = ["BLOCK_SIZES", "CONFIG_HELP", "Server", "__version__", "errno_of", "extents"]
@@ -170,8 +172,23 @@ class Server:
         """Open the volume for good."""
         self._volume = self._open()
         if path := self._values.get("control"):
-            self._control = ControlServer(Path(path), {"figures": lambda _: self.figures()})
+            self._control = ControlServer(
+                Path(path),
+                {
+                    "figures": lambda _: self.figures(),
+                    "freeze": self._freeze,
+                    "seal": self._seal,
+                },
+            )
         log.info("serving %s (%d bytes)", self._volume.name, self._volume.size)
+
+    def _freeze(self, ask: Mapping[str, Any]) -> None:
+        assert self._volume is not None
+        self._volume.freeze(Pending(**ask["pending"]))
+
+    def _seal(self, ask: Mapping[str, Any]) -> None:
+        assert self._volume is not None
+        self._volume.seal(bytes.fromhex(ask["commit"]))
 
     def figures(self) -> dict[str, Any]:
         """What this server did so far; bytes are of plaintext."""

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -170,11 +170,28 @@ class Repository:
             ) from None
         return decode(data, oid, kinds, bound, self.url)
 
-    def read_chunk(self, oid: bytes, chunk_size: int) -> bytes:
-        """The bytes of the chunk that an index entry names, patches applied."""
+    def read_chunk(
+        self,
+        oid: bytes,
+        chunk_size: int,
+        have: Callable[[bytes], bytes | None] | None = None,
+        keep: Callable[[bytes, bytes], None] | None = None,
+    ) -> bytes:
+        """The bytes of the chunk that an index entry names, patches applied.
+
+        `have` is asked for the plaintext of each part before the store is, and `keep` gets the
+        id and plaintext of each part that the store gave.
+        """
 
         def read(part: bytes) -> tuple[Kind, bytes]:
-            return self.read_object(part, (Kind.CHUNK, Kind.PATCH), chunk_size)
+            kind = kind_of(part)
+            plain = have(part) if have is not None else None
+            if plain is not None and kind is not None:
+                return kind, plain
+            kind, plain = self.read_object(part, (Kind.CHUNK, Kind.PATCH), chunk_size)
+            if keep is not None:
+                keep(part, plain)
+            return kind, plain
 
         def fetch(ids: Sequence[bytes]) -> Mapping[bytes, tuple[Kind, bytes]]:
             if len(ids) == 1:

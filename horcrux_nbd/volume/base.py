@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from ..errors import Damaged
 from ..repository.commits import Commit
 from ..repository.index import Index
-from ..repository.objects import NULL_ID, Kind
+from ..repository.objects import NULL_ID, Kind, kind_of
 from ..repository.repository import Repository
 from .cache import Cache
 from .fetch import Background, SingleFlight
+from .local import LocalObjects
 from .readahead import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -36,19 +37,31 @@ class Figures:
 class Base:
     """One version, read-only. Safe to use from any number of threads."""
 
-    def __init__(self, repository: Repository, commit: Commit, cache: Cache) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        commit: Commit,
+        cache: Cache,
+        local: LocalObjects | None = None,
+        figures: Figures | None = None,
+    ) -> None:
+        """`local` has what exists on this host only; `figures` are counted on from another base."""
         self.commit = commit
-        self._repository, self._cache = repository, cache
+        self.repository, self._cache, self._local = repository, cache, local
         self._chunk_size = commit.chunk_size
         self._index = Index(commit.index, commit.levels, self._load_node)
         self._nodes = SingleFlight(self._fetch_node, WAIT_LIMIT)
         self._chunks = SingleFlight(self._fetch_chunk, WAIT_LIMIT)
         self._read_ahead = ReadAhead(commit.chunk_size, commit.chunks)
         self._figures_lock = threading.Lock()
-        self.figures = Figures()
+        self.figures = figures or Figures()
         # One slot of the store is left for a reader that waits.
         threads = max(1, min(16, repository.store.concurrency - 1))
         self._background = Background(self._prefetch, threads)
+
+    def successor(self, commit: Commit) -> Base:
+        """Another version through the same cache and store, which counts on from here."""
+        return Base(self.repository, commit, self._cache, self._local, self.figures)
 
     # ---- reading
 
@@ -105,23 +118,33 @@ class Base:
 
     def _fetch_chunk(self, oid: bytes) -> bytes:
         # Somebody else's flight may have ended between our look into the cache and this one.
-        cached = self._cache.open(oid) if self._cache.has(oid) else None
-        if cached is not None:
-            content = bytearray(self._chunk_size)
-            if cached.length == len(content) and cached.read_into(0, memoryview(content)):
-                return bytes(content)
-        chunk = self._verified(lambda: self._repository.read_chunk(oid, self._chunk_size))
+        if self._cache.has(oid):
+            content = self._cache.content(oid, self._chunk_size)
+            if content is not None:
+                return content
+        chunk = self._verified(
+            lambda: self.repository.read_chunk(oid, self._chunk_size, self._part, self._keep)
+        )
         self._cache.insert(oid, chunk)
-        with self._figures_lock:
-            self.figures.fetched_chunks += 1
-            self.figures.fetched_bytes += len(chunk)
         return chunk
 
+    def _part(self, oid: bytes) -> bytes | None:
+        return self._local.part(oid) if self._local is not None else None
+
+    def _keep(self, oid: bytes, plain: bytes) -> None:
+        """Count what the store gave. Patches are kept for commits, which merge them."""
+        with self._figures_lock:
+            self.figures.fetched_chunks += 1
+            self.figures.fetched_bytes += len(plain)
+        if kind_of(oid) is Kind.PATCH:
+            self._cache.insert(oid, plain, meta=True)
+
     def _load_node(self, oid: bytes) -> bytes:
-        return self._cache.read(oid) or self._nodes.get(oid)
+        node = self._local.node(oid) if self._local is not None else self._cache.read(oid)
+        return node if node is not None else self._nodes.get(oid)
 
     def _fetch_node(self, oid: bytes) -> bytes:
-        node = self._verified(lambda: self._repository.read_object(oid, (Kind.NODE,))[1])
+        node = self._verified(lambda: self.repository.read_object(oid, (Kind.NODE,))[1])
         self._cache.insert(oid, node, meta=True)
         return node
 
@@ -173,6 +196,6 @@ class Base:
             here += self._cache.has(oid)
         return here * self._chunk_size, total * self._chunk_size
 
-    def close(self) -> None:
-        """Stop fetching in the background."""
-        self._background.stop()
+    def close(self, wait: bool = True) -> None:
+        """Stop fetching in the background; `wait` for what is under way."""
+        self._background.stop(wait)

@@ -206,6 +206,10 @@ class BlockMap:
         """Groups that were written or zeroed block by block, ascending."""
         return sorted(self._groups)
 
+    def zero_ranges(self) -> list[tuple[int, int]]:
+        """[first, stop) ranges of groups zeroed as a whole; `written_groups` win over them."""
+        return list(self._zeros)
+
     @property
     def entries(self) -> int:
         """How many entries a compact log of this map has."""

@@ -118,6 +118,14 @@ class Cache:
         self._remember(oid, file)
         return file
 
+    def content(self, oid: bytes, length: int) -> bytes | None:
+        """The `length` bytes of the chunk `oid`, verified, or None if it is not here."""
+        file = self.open(oid)
+        if file is None or file.length != length:
+            return None
+        content = bytearray(length)
+        return bytes(content) if file.read_into(0, memoryview(content)) else None
+
     def _remember(self, oid: bytes, file: CachedFile) -> None:
         # What is evicted while open keeps its room, so few are kept open of a small cache.
         most = max(2, min(self._max_open, self.limit // 4 // max(file.length, 1)))

@@ -121,11 +121,11 @@ class Background:
         with self._condition:
             return self._condition.wait_for(lambda: not self._wishes and not self._busy, limit)
 
-    def stop(self) -> None:
-        """No more work; waits for what is under way."""
+    def stop(self, wait: bool = True) -> None:
+        """No more work; with `wait`, what is under way is done when this returns."""
         with self._condition:
             self._stopped = True
             self._wishes.clear()
             self._condition.notify_all()
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             thread.join(timeout=5)

@@ -224,6 +224,10 @@ class Layer:
             total += os.fstat(file.fd).st_blocks * 512
         return total
 
+    def retire(self) -> None:
+        """Nothing is written any more; reads that are under way go on."""
+        self._log.close()
+
     def close(self) -> None:
         """Forget the files; `flush` first. Readers that still hold one finish."""
         self._log.close()

@@ -7,7 +7,7 @@ longer changes, while the workload goes on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol
 
@@ -44,7 +44,7 @@ class Overlay:
     inside the gate that it is still the one it looked at.
     """
 
-    def __init__(self, layers: list[Layer], base: Below) -> None:
+    def __init__(self, layers: Sequence[Layer], base: Below) -> None:
         """`layers` from the newest, which is written, to the oldest; at least one."""
         self._stack = Stack(tuple(layers), base)
         self._stripes = [threading.Lock() for _ in range(STRIPES)]
@@ -220,8 +220,12 @@ class Overlay:
                 self._closed = False
                 self._gate.notify_all()
 
-    def replace(self, layers: list[Layer], base: Below) -> None:
-        """Take another stack; only inside `paused`, except where the content stays the same."""
+    def push(self, layer: Layer) -> None:
+        """Put a fresh layer on top, inside `paused`: what is written from here on goes there."""
+        self._stack = Stack((layer, *self._stack.layers), self._stack.base)
+
+    def replace(self, layers: Sequence[Layer], base: Below) -> None:
+        """Take another stack with the same content: a layer that went into the base."""
         self._stack = Stack(tuple(layers), base)
 
     # ---- figures

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from ..repository.commits import Commit, check_chunk_size, now
 from ..repository.objects import ID_SIZE, Kind, encode, object_key
 from ..repository.repository import Repository, Resolved
 from .layer import Layer
+from .local import OBJECTS, open_objects
 
 STATE = "volume.json"
 LOCK = "lock"
-OBJECTS = "objects"
 OVERLAY = "overlay"
 
 
@@ -34,6 +35,18 @@ class LayerName:
 
     number: int
     id: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A commit that was begun: the layer below the newest is frozen for it, and not packed yet."""
+
+    message: str
+    author: str
+    time: str
+    tags: dict[str, str] = field(default_factory=dict)
+    allow_empty: bool = False
+    group: str = ""  # the volumes that were committed together have this in common
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,9 @@ class VolumeState:
     layers: tuple[LayerName, ...]
     read_only: bool = False
     created: str = field(default_factory=now)
+    # Commit (hex) that the branch had when it was last looked at: what a push expects to find.
+    upstream: str | None = None
+    pending: Pending | None = None
     version: int = 1
 
     @property
@@ -77,7 +93,8 @@ class VolumeState:
             if value["version"] > 1:
                 raise EnvironmentProblem(f"{folder} was made by a newer release: upgrade this one")
             layers = tuple(LayerName(**layer) for layer in value["layers"])
-            state = cls(**{**value, "layers": layers})
+            pending = Pending(**value["pending"]) if value.get("pending") else None
+            state = cls(**{**value, "layers": layers, "pending": pending})
             check_name("image", state.image)
             check_chunk_size(state.chunk_size)
             if len(bytes.fromhex(state.base)) != ID_SIZE or not layers or state.size < 0:
@@ -91,12 +108,17 @@ class VolumeState:
             ) from None
         return state
 
-    def with_layers(self, layers: tuple[LayerName, ...], base: str | None = None) -> VolumeState:
-        return replace(self, layers=layers, base=base or self.base)
-
 
 def layer_folder(folder: Path, layer: LayerName) -> Path:
     return folder / OVERLAY / f"{layer.number:06d}"
+
+
+def sweep_layers(folder: Path, state: VolumeState) -> None:
+    """Remove layers that a crash left beside those in use. Under the volume's lock."""
+    used = {layer_folder(folder, name) for name in state.layers}
+    for path in (folder / OVERLAY).iterdir():
+        if path not in used:
+            shutil.rmtree(path)
 
 
 def lock_of(folder: Path, name: str) -> files.FileLock:
@@ -133,9 +155,10 @@ def create_volume(
         chunk_size=commit.chunk_size,
         layers=(layer,),
         read_only=read_only,
+        upstream=resolved.id.hex(),
     )
     files.make_folder(folder, 0o700)
-    with open_store(f"cp://{folder.absolute()}/{OBJECTS}", create=True) as objects:
+    with open_objects(folder, create=True) as objects:
         objects.put(object_key(resolved.id), encode(Kind.COMMIT, commit.encode()))
         objects.sync()
     Layer.create(layer_folder(folder, layer), bytes.fromhex(layer.id), commit.size).close()
@@ -145,7 +168,7 @@ def create_volume(
 
 def base_commit(folder: Path, state: VolumeState) -> Commit:
     """The base's commit, from the volume's own objects. Raises Damaged."""
-    with open_store(f"cp://{folder.absolute()}/{OBJECTS}", check=False) as objects:
+    with open_objects(folder) as objects:
         local = Repository(objects, state.repository_id, state.chunk_size)
         commit = local.read_commit(bytes.fromhex(state.base))
     if (commit.size, commit.chunk_size, commit.image) != (

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import secrets
+import shutil
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .. import files, paths
 from ..chunkstore import open_store
-from ..errors import UsageError
+from ..errors import Busy, UsageError
+from ..repository.commits import Commit
 from ..repository.repository import Repository, Resolved
 from . import state as states
 from .base import Base
 from .cache import Cache
 from .layer import BLOCK_SIZE, Layer
+from .local import LocalObjects
 from .overlay import Overlay
-from .state import VolumeState
+from .state import LayerName, Pending, VolumeState
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +42,11 @@ class Volume:
         base: Base,
         overlay: Overlay | None,
         resources: list[Closable],
+        folder: Path | None = None,
     ) -> None:
         self.name = name
+        self.folder = folder
+        self._versions = threading.Lock()  # one freeze or seal at a time
         self.size = base.commit.size
         self.base = base
         self.overlay = overlay
@@ -68,6 +77,7 @@ class Volume:
             state = VolumeState.load(folder)  # again: it may have changed before we had the lock
             read_only = read_only or state.read_only
             commit = states.base_commit(folder, state)
+            states.sweep_layers(folder, state)
             layers: list[Layer] = []
             for layer_name in state.layers:
                 layer = Layer(
@@ -78,15 +88,14 @@ class Volume:
                 frozen = bool(layers) or read_only
                 layers.append(layer.open(read_only=frozen))
                 resources.append(Closable(layer.close))
-            base = _open_base(
-                Resolved(state.asked, bytes.fromhex(state.base), commit),
-                state.repository,
-                cache,
-                cache_size,
-                store_limit,
-                resources,
+            cache_ = _open_cache(cache, cache_size, resources)
+            local = LocalObjects(folder, cache_, state.chunk_size)
+            resources.append(Closable(local.close))
+            repository = _open_repository(
+                state.repository, state.repository_id, commit, store_limit, resources
             )
-            return cls(name, base, Overlay(layers, base), resources)
+            base = Base(repository, commit, cache_, local)
+            return cls(name, base, Overlay(layers, base), resources, folder)
         except BaseException:
             _close(resources)
             raise
@@ -104,14 +113,9 @@ class Volume:
         """A version of the repository at a URL, itself, read-only, without a folder."""
         resources: list[Closable] = []
         try:
-            base = _open_base(
-                resolved,
-                repository,
-                cache,
-                cache_size,
-                store_limit,
-                resources,
-            )
+            cache_ = _open_cache(cache, cache_size, resources)
+            opened = _open_repository(repository, "", resolved.commit, store_limit, resources)
+            base = Base(opened, resolved.commit, cache_)
         except BaseException:
             _close(resources)
             raise
@@ -171,6 +175,55 @@ class Volume:
         if last is not None:
             yield last
 
+    # ---- versions
+
+    def freeze(self, pending: Pending) -> VolumeState:
+        """Begin a commit: what was written so far is frozen as it is now, durably; writes go on in
+        a fresh layer. Holds writers up for a few syncs of the disk. Raises Busy if one is begun.
+        """
+        overlay, folder = self._writable(), self.folder
+        assert folder is not None
+        with self._versions:
+            state = VolumeState.load(folder)
+            if state.pending is not None:
+                raise Busy(f"a commit of {self.name} is begun and not finished: finish it first")
+            name = LayerName(state.layers[0].number + 1, secrets.token_hex(16))
+            path = states.layer_folder(folder, name)
+            shutil.rmtree(path, ignore_errors=True)  # of a freeze that broke off here
+            fresh = Layer.create(path, bytes.fromhex(name.id), self.size)
+            overlay.flush()  # most of it, before anybody has to wait
+            with overlay.paused():
+                overlay.flush()
+                state = replace(state, layers=(name, *state.layers), pending=pending)
+                state.save(folder)
+                overlay.push(fresh)
+            self._resources.append(Closable(fresh.close))
+            return state
+
+    def seal(self, commit_id: bytes) -> VolumeState:
+        """End a commit: the frozen layer is in the commit `commit_id` now, whose objects are the
+        volume's own; the volume lies on it from here on. The content does not change.
+        """
+        overlay, folder = self._writable(), self.folder
+        assert folder is not None
+        with self._versions:
+            state = VolumeState.load(folder)
+            if state.pending is None or len(state.layers) != 2:
+                raise UsageError(f"no commit of {self.name} is begun")
+            sealed = state.layers[1]
+            state = replace(state, base=commit_id.hex(), layers=state.layers[:1], pending=None)
+            commit = states.base_commit(folder, state)
+            base = self.base.successor(commit)
+            state.save(folder)
+            old, frozen = self.base, overlay.layers[1]
+            overlay.replace(overlay.layers[:1], base)
+            self.base = base
+            # Reads that are under way still use both; their files close with the last of them.
+            old.close(wait=False)
+            frozen.retire()
+            shutil.rmtree(states.layer_folder(folder, sealed), ignore_errors=True)
+            return state
+
     def _writable(self) -> Overlay:
         if self.overlay is None or self.read_only:
             raise UsageError(f"{self.name} is read-only")
@@ -197,22 +250,21 @@ def _close(resources: list[Closable]) -> None:
         resources.pop().close()
 
 
-def _open_base(
-    resolved: Resolved,
-    url: str,
-    cache_folder: Path | None,
-    cache_size: int | None,
-    store_limit: float,
-    resources: list[Closable],
-) -> Base:
+def _open_repository(
+    url: str, repository_id: str, commit: Commit, limit: float, resources: list[Closable]
+) -> Repository:
     # Nothing is asked of the store here: a volume whose data is all local opens without it.
-    store = open_store(url, limit=store_limit, check=False)
+    store = open_store(url, limit=limit, check=False)
     resources.append(Closable(store.close))
-    cache_folder = cache_folder or paths.cache()
-    files.make_folder(cache_folder, 0o700)
-    cache = Cache(cache_folder, cache_size)
+    return Repository(store, repository_id, commit.chunk_size)
+
+
+def _open_cache(folder: Path | None, size: int | None, resources: list[Closable]) -> Cache:
+    folder = folder or paths.cache()
+    files.make_folder(folder, 0o700)
+    cache = Cache(folder, size)
     resources.append(Closable(cache.close))
-    return Base(Repository(store, "", resolved.commit.chunk_size), resolved.commit, cache)
+    return cache
 
 
 def prepare(
