@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import heapq
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from ..errors import (
 )
 from . import base, walk
 from .base import ChunkStore, Stat
+from .pending import PendingFiles
 from .url import StoreURL
 
 CONCURRENCY = 8  # enough to keep a disk's queue busy; the page cache needs none
@@ -42,15 +45,18 @@ _NO_OBJECT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 
 
 class LocalStore(ChunkStore):
-    """Objects are files below one folder, published whole (files.publish).
+    """Objects are files below one folder, published whole.
 
-    An exclusive put is link(2), which fails where the name exists and is atomic on NFS too.
+    A put waits for the next sync to be durable and to have its name (pending.py). An exclusive put
+    is there at once, after a sync of what was put before it: a ref never precedes its objects. It
+    is link(2), which fails where the name exists and is atomic on NFS too.
     """
 
     def __init__(self, url: StoreURL, *, concurrency: int | None = None) -> None:
         self.url = str(url)
         self.concurrency = concurrency or CONCURRENCY
         self._root = url.path
+        self._pending = PendingFiles(self._root, self.url, self.concurrency)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{base.check_key(key)}"
@@ -81,6 +87,7 @@ class LocalStore(ChunkStore):
     def prepare(self) -> None:
         try:
             files.make_folder(self._root)
+            self._pending.sweep()
         except OSError as error:
             raise self._error(error, "cannot make the folder") from error
         self.check()
@@ -88,6 +95,15 @@ class LocalStore(ChunkStore):
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         base.check_range(offset, length)
         path = self._path(key)
+        pending = self._pending.find(key)
+        if pending is not None:
+            try:
+                rest = max(pending.size - offset, 0)
+                return _read(pending.fd, rest if length is None else min(rest, length), offset)
+            except OSError as error:
+                raise self._error(error, f"cannot read {key}") from error
+            finally:
+                os.close(pending.fd)
         try:
             # O_NONBLOCK: a FIFO that somebody left there must not hang us; files ignore it.
             with files.opened(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
@@ -106,20 +122,31 @@ class LocalStore(ChunkStore):
         return self._error(error, f"cannot read {key}")
 
     def put(self, key: str, data: bytes) -> None:
-        self._publish(key, data, exclusive=False)
-
-    def put_exclusive(self, key: str, data: bytes) -> None:
-        self._publish(key, data, exclusive=True)
-
-    def _publish(self, key: str, data: bytes, *, exclusive: bool) -> None:
         path = self._path(key)
         try:
             try:
-                files.publish(path, data, exclusive=exclusive)
+                is_time = self._pending.add(key, path, data)
+            except FileNotFoundError:
+                self.check()  # the root itself is never made here
+                raise
+        except OSError as error:
+            raise self._error(error, f"cannot store {key}") from error
+        if is_time:
+            self.sync()
+
+    def sync(self) -> None:
+        self._pending.sync()
+
+    def put_exclusive(self, key: str, data: bytes) -> None:
+        self.sync()
+        path = self._path(key)
+        try:
+            try:
+                files.publish(path, data, exclusive=True)
             except FileNotFoundError:
                 self.check()  # make folders below the root, never the root itself
                 files.make_folder(os.path.dirname(path))
-                files.publish(path, data, exclusive=exclusive)
+                files.publish(path, data, exclusive=True)
         except FileExistsError:
             raise KeyExists(self.url, key) from None
         except NoSpace as error:
@@ -127,9 +154,16 @@ class LocalStore(ChunkStore):
         except OSError as error:
             raise self._error(error, f"cannot store {key}") from error
 
+    def close(self) -> None:
+        self._pending.close()
+
     def stat(self, key: str) -> Stat:
+        path = self._path(key)
+        pending = self._pending.stat(key)
+        if pending is not None:
+            return pending
         try:
-            status = os.stat(self._path(key))
+            status = os.stat(path)
         except OSError as error:
             raise self._no_object(error, key) from error
         if not stat.S_ISREG(status.st_mode):
@@ -137,16 +171,25 @@ class LocalStore(ChunkStore):
         return Stat(key, status.st_size, status.st_mtime)
 
     def children(self, prefix: str) -> list[str]:
+        pending = self._pending.stats()
         (entries,) = self._scan([base.check_folder(prefix)])
-        return sorted(
+        names = {
             entry.name
             for entry in entries
             if base.is_part(entry.name) and (entry.is_folder or entry.look())
-        )
+        }
+        names |= {
+            waiting.key[len(prefix) :].split("/")[0]
+            for waiting in pending
+            if waiting.key.startswith(prefix)
+        }
+        return sorted(names)
 
     def delete(self, key: str) -> None:
+        path = self._path(key)
+        self._pending.remove(key)
         try:
-            os.unlink(self._path(key))
+            os.unlink(path)
         except OSError as error:
             if error.errno not in _NO_OBJECT:
                 raise self._error(error, f"cannot delete {key}") from error
@@ -166,7 +209,16 @@ class LocalStore(ChunkStore):
             raise self._error(error, f"cannot list {folder or 'the folder'}") from error
 
     def list(self, prefix: str = "", after: str = "", limit: int | None = None) -> Iterator[Stat]:
-        return walk.walk(self._scan, base.check_prefix(prefix), after, limit)
+        # Before the folder: what is given its name in between shows in both.
+        pending = self._pending.stats()
+        found = walk.walk(self._scan, base.check_prefix(prefix), after, limit)
+        if not pending:
+            return found
+        waiting = (s for s in pending if s.key.startswith(prefix) and s.key > after)
+        # The sort is stable: of two with one key the pending one, the newer, comes first.
+        both = heapq.merge(waiting, found, key=lambda entry: entry.key)
+        once = (next(group) for _, group in itertools.groupby(both, key=lambda entry: entry.key))
+        return itertools.islice(once, limit if limit is None else max(limit, 0))
 
 
 class _Look:

@@ -48,6 +48,9 @@ class WrapperStore(ChunkStore):
     def put_exclusive(self, key: str, data: bytes) -> None:
         self._do(f"put {key}", lambda: self.store.put_exclusive(key, data))
 
+    def sync(self) -> None:
+        self._do("sync", self.store.sync)
+
     def stat(self, key: str) -> Stat:
         return self._do(f"stat {key}", lambda: self.store.stat(key))
 

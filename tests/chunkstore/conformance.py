@@ -236,6 +236,7 @@ from horcrux_nbd.chunkstore import open_store
 from horcrux_nbd.errors import KeyExists
 store = open_store(sys.argv[1])
 store.put(f"ready/{sys.argv[2]}", b"")
+store.sync()
 while len(store.children("ready/")) < 4:
     pass
 for turn in range(15):
@@ -470,9 +471,11 @@ for turn in range(15):
     def test_another_store_object_sees_it(self, store: ChunkStore, place: Place) -> None:
         with open_store(place.url) as other:
             store.put("a", b"1")
+            store.sync()
             assert other.get("a") == b"1"
             other.put("a", b"2")
             other.put("b", b"3")
+            other.sync()
             assert store.get("a") == b"2"
             assert self.listed(store) == ["a", "b"]
 
@@ -511,6 +514,7 @@ store.put_exclusive("a/second", data)
 
     def test_url_opens_the_same_store(self, store: ChunkStore) -> None:
         store.put("a", b"1")
+        store.sync()
         assert str(parse_store_url(store.url)) == store.url
         with open_store(store.url) as other:
             assert other.url == store.url
