@@ -15,6 +15,7 @@ from typing import Any
 import boto3
 import botocore.config
 import botocore.exceptions
+import botocore.handlers
 import botocore.parsers
 import urllib3.exceptions
 
@@ -104,6 +105,8 @@ class S3Store(ChunkStore):
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise self._error(error, "") from error
+        # `Expect: 100-continue` costs every put a round trip.
+        self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
 
     def _key(self, key: str) -> str:
         return self._prefix + base.check_key(key)
@@ -205,6 +208,10 @@ class S3Store(ChunkStore):
             OSError,
         ) as error:
             raise self._error(error, key) from error
+        except RecursionError:  # botocore asks a server that redirects where it redirects to
+            raise StoreError(
+                f"{self.url}: {self._where} redirects in circles: check bucket and region"
+            ) from None
         self._seen = time.monotonic()
         return answer
 

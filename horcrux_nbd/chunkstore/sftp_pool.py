@@ -13,6 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import paramiko
 
@@ -28,12 +29,13 @@ SESSIONS_PER_CONNECTION = 8
 class _Line:
     """A place for one connection, made by the first thread that needs it while others wait."""
 
-    def __init__(self, settings: ssh.Settings, timeout: float) -> None:
+    def __init__(self, settings: ssh.Settings, timeout: float, most: int) -> None:
         self._settings, self._timeout = settings, timeout
+        # Guarded by the pool's lock: sessions that it has, and may have
+        self.sessions, self.most = 0, most
         self._lock = threading.Lock()
         self._connection: ssh.Connection | None = None
         self._failure: tuple[float, StoreError] | None = None
-        self.sessions = 0  # guarded by the pool's lock
 
     def connection(self) -> ssh.Connection:
         asked = time.monotonic()
@@ -61,66 +63,94 @@ class _Line:
             self._drop()
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A session and where it belongs."""
+
+    session: Session
+    line: _Line
+    connection: ssh.Connection
+
+
+class _NoMore(Exception):
+    """The server gives no further session on a connection that stands."""
+
+
 class Pool:
-    """Up to `size` sessions to the server of `settings`."""
+    """Up to `size` sessions to the server of `settings`; fewer where it allows no more."""
 
     def __init__(self, settings: ssh.Settings, size: int, timeout: float) -> None:
         self._url, self._timeout = settings.url, timeout
-        self._slots = threading.Semaphore(size)
-        lines = -(-size // SESSIONS_PER_CONNECTION)
-        self._lines = [_Line(settings, timeout) for _ in range(lines)]
-        self._lock = threading.Lock()
-        self._free: list[tuple[Session, _Line, ssh.Connection]] = []
+        count = -(-size // SESSIONS_PER_CONNECTION)
+        self._lines = [
+            _Line(settings, timeout, size // count + (index < size % count))
+            for index in range(count)
+        ]
+        self._changed = threading.Condition()  # guards all below, and the counts of the lines
+        self._free: list[_Place] = []
         self._closed = False
         self._worked = time.monotonic()  # when something last did
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:
         """A session for the length of a `with` block, taken back in order or thrown away."""
-        self._wait_for_slot()
+        place = self._take()
+        session = place.session
         try:
-            session, line, connection = self._take()
-            try:
-                yield session
-            except StoreUnavailable:
-                session.broken = True
-                raise
-            finally:
-                if session.idle:
-                    self._worked = time.monotonic()
-                    self._give_back(session, line, connection)
-                else:
-                    self._throw_away(session, line, connection)
+            yield session
+        except StoreUnavailable:
+            session.broken = True
+            raise
         finally:
-            self._slots.release()
+            if session.idle:
+                self._give_back(place)
+            else:
+                self._throw_away(place)
 
-    def _wait_for_slot(self) -> None:
-        # A long queue is nothing bad while it moves; one that stands is a store that is away.
-        began = time.monotonic()
-        while not self._slots.acquire(timeout=self._timeout):
-            if time.monotonic() - max(began, self._worked) > self._timeout:
-                raise StoreUnavailable(f"{self._url}: no answer in {self._timeout:.0f} s")
-
-    def _take(self) -> tuple[Session, _Line, ssh.Connection]:
+    def _take(self) -> _Place:
         while True:
-            with self._lock:
+            found = self._free_place_or_line()
+            if isinstance(found, _Place):
+                if found.connection.alive:
+                    return found
+                self._throw_away(found)
+                continue
+            try:
+                connection = found.connection()
+                return _Place(self._open(connection), found, connection)
+            except _NoMore as error:
+                with self._changed:
+                    found.sessions -= 1
+                    if not found.sessions:
+                        raise StoreError(
+                            f"{self._url}: the server gives no SFTP session ({error}): check "
+                            "Subsystem and MaxSessions in its sshd_config"
+                        ) from error
+                    found.most = found.sessions  # go on with those that there are
+            except BaseException:
+                with self._changed:
+                    found.sessions -= 1
+                    self._changed.notify()
+                raise
+
+    def _free_place_or_line(self) -> _Place | _Line:
+        """A session that nobody uses; else a line to open one on, counted there already."""
+        began = time.monotonic()
+        with self._changed:
+            while True:
                 if self._closed:
                     raise StoreError(f"{self._url}: the store is closed")
-                if not self._free:
-                    line = min(self._lines, key=lambda line: line.sessions)
+                if self._free:
+                    return self._free.pop()
+                line = min(self._lines, key=lambda line: line.sessions - line.most)
+                if line.sessions < line.most:
                     line.sessions += 1
-                    break
-                found = self._free.pop()
-            if found[2].alive:
-                return found
-            self._throw_away(*found)
-        try:
-            connection = line.connection()
-            return self._open(connection), line, connection
-        except BaseException:
-            with self._lock:
-                line.sessions -= 1
-            raise
+                    return line
+                # A long queue is nothing bad while it moves; one that stands is a store away.
+                moved = self._changed.wait(self._timeout)
+                stands = time.monotonic() - max(began, self._worked) > self._timeout
+                if not moved and stands:
+                    raise StoreUnavailable(f"{self._url}: no answer in {self._timeout:.0f} s")
 
     def _open(self, connection: ssh.Connection) -> Session:
         transport = connection.transport
@@ -130,31 +160,32 @@ class Pool:
                 channel.invoke_subsystem("sftp")
         except (paramiko.SSHException, OSError, EOFError) as error:
             if transport.is_active():
-                raise StoreError(
-                    f"{self._url}: the server gives no SFTP session ({error}): check Subsystem and "
-                    "MaxSessions in its sshd_config"
-                ) from error
+                raise _NoMore(str(error)) from error
             raise StoreUnavailable(f"{self._url}: the connection broke ({error})") from error
         return Session(channel, self._timeout, self._url)
 
-    def _give_back(self, session: Session, line: _Line, connection: ssh.Connection) -> None:
-        with self._lock:
+    def _give_back(self, place: _Place) -> None:
+        with self._changed:
+            self._worked = time.monotonic()
             if not self._closed:
-                self._free.append((session, line, connection))
+                self._free.append(place)
+                self._changed.notify()
                 return
-        self._throw_away(session, line, connection)
+        self._throw_away(place)
 
-    def _throw_away(self, session: Session, line: _Line, connection: ssh.Connection) -> None:
-        with self._lock:
-            line.sessions -= 1
-        if session.broken:
+    def _throw_away(self, place: _Place) -> None:
+        with self._changed:
+            place.line.sessions -= 1
+            self._changed.notify()
+        if place.session.broken:
             # What one session found out spares the others their own waiting.
-            connection.transport.close()
-        session.close()
+            place.connection.transport.close()
+        place.session.close()
 
     def close(self) -> None:
-        with self._lock:
+        with self._changed:
             self._closed = True
             self._free.clear()
+            self._changed.notify_all()
         for line in self._lines:
             line.close()

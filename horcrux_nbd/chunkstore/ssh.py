@@ -73,15 +73,17 @@ def read_settings(url: StoreURL) -> Settings:
     override = os.environ.get(_CONFIG_ENV)
     files = [Path(override)] if override else [Path("~/.ssh/config"), Path("/etc/ssh/ssh_config")]
     config = paramiko.SSHConfig()
+    # Before all files, as the first value found counts; and what is made of them (%p) uses it too.
+    given = [f"Port {url.port}\n"] * bool(url.port) + [f"User {url.user}\n"] * bool(url.user)
+    config.parse(["Host *\n", *given])
     try:
         for path in files:
-            # The first value found counts, so the user's own file comes first.
             config.parse(_expanded(path.expanduser(), required=bool(override)))
         found = config.lookup(url.host)
     except (OSError, paramiko.SSHException, UnicodeDecodeError, ImportError) as error:
         raise StoreError(f"{url}: cannot use the SSH configuration: {error}") from error
-    port = url.port or _number(found.get("port"), known_hosts.SSH_PORT)
-    user = url.user or found.get("user") or getpass.getuser()
+    port = _number(found.get("port"), known_hosts.SSH_PORT)
+    user = found.get("user") or getpass.getuser()
     host = found.get("hostname", url.host)
     identities = tuple(Path(path).expanduser() for path in found.get("identityfile", []))
     files_known = found.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2")

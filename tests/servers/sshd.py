@@ -22,6 +22,12 @@ def find_sshd() -> str | None:
     return shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
+def find_sftp_server() -> str | None:
+    """The path of the sftp-server program, which is on no PATH, or None."""
+    folders = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/libexec")
+    return shutil.which("sftp-server", path=":".join(folders))
+
+
 def available() -> bool:
     return bool(find_sshd() and shutil.which("ssh-keygen"))
 
