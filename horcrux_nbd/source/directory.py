@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import stat
 import threading
 from array import array
 from bisect import bisect_right
@@ -20,9 +21,9 @@ from ..progress import Progress
 from ..units import GiB, MiB, format_size, round_up
 from .base import Source, check_range
 from .ext4_fill import Piece, fill, wanted_blocks
-from .ext4_make import TIMESTAMP, Geometry, check_ext4, coarse, inodes_for, make_ext4
+from .ext4_make import MIN_SIZE, TIMESTAMP, Geometry, check_ext4, coarse, inodes_for, make_ext4
 from .layout import Layout
-from .libext2fs import BLOCK, Ext4
+from .libext2fs import BLOCK, INODE, Ext4
 from .raw import data_ranges
 from .space import OutOfSpace
 from .temporary import UnnamedFile, check_room, choose_folder
@@ -32,6 +33,7 @@ from .tree import Entry, Tree, show
 # own (PostgreSQL: max_wal_size is 1 GB) and a second copy of its largest table when it rewrites it.
 LEAST_ROOM = GiB
 _ATTEMPTS = 4
+_OWN_INODES = 16  # the first ten are the file system's own
 
 
 class Ext4Source(Source):
@@ -51,6 +53,8 @@ class Ext4Source(Source):
         previous: Layout | None = None,
     ) -> None:
         progress = progress or Progress()
+        if size is not None and free is not None:
+            raise UsageError("give the size of the image or the free room in it, not both")
         folder = choose_folder(temporary)
         needed = _needed(tree)
         metadata = _metadata(tree)
@@ -78,42 +82,63 @@ class Ext4Source(Source):
     def _make(
         self, needed: int, size: int | None, free: int | None, label: str, previous: Layout | None
     ) -> list[Piece]:
-        """Choose the size and fill it; a size that nobody asked for grows until all fits."""
-        room = max(needed, LEAST_ROOM) if free is None else free
+        """Choose the geometry and fill it; a size that nobody asked for grows until all fits."""
+        files = self._tree.files
         if previous and size in (None, previous.geometry.size):
             geometry = previous.geometry
+        elif size is not None:
+            whole = size - size % BLOCK
+            geometry, previous = Geometry(whole, inodes_for(whole, files)), None
         else:
-            geometry, previous = (
-                _geometry(needed + room, size, self._tree.files, free is None),
-                None,
-            )
+            geometry, previous = self._choose(needed, free), None
         for _ in range(_ATTEMPTS):
             make_ext4(self._file, geometry, label)
-            with Ext4(self._file.path, TIMESTAMP) as filesystem:
-                has = sum(end - start for start, end in filesystem.free_ranges()) * BLOCK
-                inodes = filesystem.inodes
-                try:
-                    if has < needed or (free is not None and has < needed + free):
-                        raise OutOfSpace(-(-(needed + (free or 0) - has) // BLOCK))
-                    if self._tree.files + 16 > inodes:
-                        raise OutOfSpace(1)
-                    pieces, self._places = fill(filesystem, self._file.fd, self._tree, previous)
-                except OutOfSpace as error:
-                    missing = error.missing * BLOCK
-                else:
-                    self.size, self._geometry = geometry.size, geometry
-                    return pieces
+            pieces = self._try(geometry, previous, needed + (free or 0) if size is None else 0)
+            if pieces is not None:
+                return pieces
             if size is not None:
-                least = round_up(size + missing + missing // 50 + MiB, MiB)
-                raise UsageError(
-                    f"{format_size(size)} is too small for {self._tree.files:,} files of "
-                    f"{format_size(self._tree.file_bytes)}: it takes at least {format_size(least)} "
-                    f"({least} bytes)"
-                )
-            wanted = geometry.size + missing + missing // 50 - geometry.overhead
-            geometry = _geometry(max(wanted, needed + room), None, self._tree.files, free is None)
-            previous = None
-        raise UsageError("the files do not fit into an ext4 of the size they should need")
+                break
+            if previous:  # it has outgrown its file system: everything gets a new place
+                geometry, previous = self._choose(needed, free), None
+            else:
+                geometry = self._choose(needed * 5 // 4, free)
+        least = self._least(needed, label)
+        raise UsageError(
+            f"{format_size(geometry.size)} is too small for {files:,} files of "
+            f"{format_size(self._tree.file_bytes)}: choose at least {format_size(least)} "
+            f"({least} bytes)"
+        )
+
+    def _try(
+        self, geometry: Geometry, previous: Layout | None, bytes_free: int
+    ) -> list[Piece] | None:
+        """Fill the empty file system; None if it is too small, or had less than that free."""
+        with Ext4(self._file.path, TIMESTAMP) as filesystem:
+            if _free(filesystem) < bytes_free or self._tree.files + _OWN_INODES > filesystem.inodes:
+                return None
+            try:
+                pieces, self._places = fill(filesystem, self._file.fd, self._tree, previous)
+            except OutOfSpace:
+                return None
+        self.size, self._geometry = geometry.size, geometry
+        return pieces
+
+    def _choose(self, needed: int, free: int | None) -> Geometry:
+        """A geometry with room for `needed` bytes and `free` more."""
+        room = max(needed, LEAST_ROOM) if free is None else free
+        return _geometry(needed + room, self._tree.files, in_steps=free is None)
+
+    def _least(self, needed: int, label: str) -> int:
+        """A size that is known to do, tried out with an empty file system."""
+        geometry = _geometry(needed, self._tree.files, in_steps=False)
+        while True:
+            make_ext4(self._file, geometry, label)
+            with Ext4(self._file.path, TIMESTAMP) as filesystem:
+                missing = needed - _free(filesystem)
+            if missing <= 0:
+                return geometry.size
+            size = round_up(geometry.size + missing + missing // 50, MiB)
+            geometry = Geometry(size, inodes_for(size, self._tree.files))
 
     def _map(self, pieces: list[Piece]) -> None:
         self._entries: list[Entry] = []
@@ -205,37 +230,48 @@ class Ext4Source(Source):
         self._file.close()
 
 
+def _free(filesystem: Ext4) -> int:
+    return sum(end - start for start, end in filesystem.free_ranges()) * BLOCK
+
+
 def _needed(tree: Tree) -> int:
-    """Bytes that the tree takes in an ext4, at most: contents, directories, attributes."""
+    """Bytes that the tree takes in an ext4: contents, directories, attributes; rather too many."""
     blocks = 0
     for entry in tree.walk():
         if entry.same_as is not None:
             continue
-        wanted = wanted_blocks(entry) if entry.mode & 0o170000 == 0o100000 else ()
-        blocks += sum(count for _, count in wanted) + len(wanted) // 300
-        # Directories that are filled to 80 %, a target or attributes in a block of their own.
-        names = sum(len(child.name) + 12 for child in entry.children)
-        blocks += names // 3000 + bool(entry.children) + 2
+        if stat.S_ISREG(entry.mode):
+            wanted = wanted_blocks(entry)
+            count = sum(count for _, count in wanted)
+            # An extent reaches 128 MiB; a block of them holds 340.
+            extents = len(wanted) + count // 16384
+            blocks += count + (1 + extents // 300 if extents > 4 else 0)
+        elif stat.S_ISDIR(entry.mode):
+            # 12 for its head and padding; blocks of a hash tree are filled to 80 %.
+            names = sum(len(child.name) + 12 for child in entry.children)
+            blocks += 1 if names < 4000 else 3 + names // 2950
+        elif stat.S_ISLNK(entry.mode):
+            blocks += 1
+        if entry.xattrs:
+            blocks += 1
     return blocks * BLOCK
 
 
 def _metadata(tree: Tree) -> int:
     """Bytes of temporary space that the metadata takes, about."""
-    names = sum(len(entry.name) + 12 for entry in tree.walk())
-    folders = sum(1 for entry in tree.walk() if entry.children)
-    attributes = sum(BLOCK for entry in tree.walk() if entry.xattrs)
-    return 4 * MiB + tree.files * 256 + names * 5 // 4 + folders * BLOCK + attributes
+    total = 4 * MiB + tree.files * INODE
+    for entry in tree.walk():
+        total += len(entry.name) * 5 // 4 + 16
+        total += BLOCK * (bool(entry.children) + bool(entry.xattrs))
+    return total
 
 
-def _geometry(content: int, size: int | None, files: int, round_it: bool) -> Geometry:
-    """For `content` bytes beside the metadata, or of exactly `size`."""
-    if size is not None:
-        whole = size - size % BLOCK
-        return Geometry(whole, inodes_for(whole, files))
+def _geometry(content: int, files: int, *, in_steps: bool) -> Geometry:
+    """For `content` bytes beside the metadata."""
     total = content
     for _ in range(4):  # the overhead grows with the size: this converges at once
         geometry = Geometry(total, inodes_for(total, files))
-        total = round_up(content + geometry.overhead + content // 100, MiB)
-        if round_it:
+        total = max(round_up(content + geometry.overhead + content // 100, MiB), MIN_SIZE)
+        if in_steps:
             total = coarse(total)
     return Geometry(total, inodes_for(total, files))

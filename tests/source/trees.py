@@ -172,9 +172,7 @@ def describe(root: Path) -> dict[bytes, tuple[object, ...]]:
                 for name in os.listxattr(place, follow_symlinks=False)
             },
             content,
-            None
-            if stat.S_ISDIR(status.st_mode)
-            else inodes.setdefault(status.st_ino, path),
+            None if stat.S_ISDIR(status.st_mode) else inodes.setdefault(status.st_ino, path),
         )
 
     fd = os.open(root, os.O_RDONLY)
