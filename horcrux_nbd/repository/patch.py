@@ -55,16 +55,17 @@ def chain_over(below: bytes, patch: Patch | None = None) -> tuple[bytes, ...]:
 
 def _check_chain(chain: tuple[bytes, ...]) -> int:
     """How many layers a patch over `chain` has. ValueError for a chain that cannot be."""
-    if not 1 <= len(chain) <= MAX_LAYERS:
+    if not 1 <= len(chain) <= MAX_LAYERS or any(len(oid) != ID_SIZE for oid in chain):
         raise ValueError(f"a chain of {len(chain)} ids")
     layers = layers_of(chain[0]) + 1
     for depth, oid in enumerate(chain):
-        last = depth == len(chain) - 1
         if kind_of(oid) is Kind.PATCH:
             if layers_of(oid) != layers - 1 - depth:
                 raise ValueError("a chain whose layers do not count down")
-        elif not last or not (oid == NULL_ID or kind_of(oid) is Kind.CHUNK):
-            raise ValueError("a chain with something else than patches over a chunk")
+        elif depth != layers - 1 or depth != len(chain) - 1:
+            raise ValueError("a chain with something else than patches before its end")
+        elif oid != NULL_ID and kind_of(oid) is not Kind.CHUNK:
+            raise ValueError("a chain that ends in no chunk")
     if layers > MAX_LAYERS:
         raise ValueError(f"{layers} layers")
     return layers
