@@ -9,13 +9,17 @@ with the image, and trimming a petabyte is one range.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 BASE, DATA, ZERO = 0, 1, 2
 
 GROUP_BITS = 7
 GROUP = 1 << GROUP_BITS  # blocks in a group
+# Fewer whole groups than this are zeroed one by one: `Ranges.add` copies its lists, and 100,000
+# short ranges of a fragmented fstrim took 20 s.
+MIN_RANGE = 8
 
 _UNIFORM = {state: bytes([state]) * GROUP for state in (BASE, DATA, ZERO)}
 _STATES = [bytes([state]) for state in range(3)]
@@ -71,6 +75,10 @@ class BlockMap:
 
     def __init__(self) -> None:
         self._groups: dict[int, bytes] = {}
+        # The numbers in `_groups`, for walks over huge ranges: ascending, but for `_fresh` ones.
+        self._order: list[int] = []
+        self._fresh: list[int] = []
+        self._order_lock = threading.Lock()
         self._zeros = Ranges()  # of group numbers
         self.dirty: set[int] = set()  # groups changed since `take_dirty`
         self.dirty_zeros: list[tuple[int, int]] = []  # ranges of groups zeroed since then
@@ -105,7 +113,7 @@ class BlockMap:
         stop = first + count
         if state == ZERO and count >= GROUP:
             low, high = -(-first >> GROUP_BITS), stop >> GROUP_BITS
-            if low < high:
+            if high - low >= MIN_RANGE:
                 self._mark(first, low << GROUP_BITS, state)
                 self._zero_groups(low, high)
                 first = high << GROUP_BITS
@@ -119,12 +127,17 @@ class BlockMap:
             old = self.group(number)
             if old.count(state, a, b) != b - a:
                 states = old[:a] + _STATES[state] * (b - a) + old[b:]
-                for whole in _UNIFORM.values():  # one object for all that are alike
-                    if states == whole:
-                        states = whole
-                self._groups[number] = states
+                self._put(number, states)
                 self.dirty.add(number)
             first = (number + 1) << GROUP_BITS
+
+    def _put(self, number: int, states: bytes) -> None:
+        if number not in self._groups:
+            with self._order_lock:
+                self._fresh.append(number)
+        if states.count(states[0]) == GROUP:
+            states = _UNIFORM[states[0]]  # one object for all that are alike
+        self._groups[number] = states
 
     def _zero_groups(self, low: int, high: int) -> None:
         if len(self._groups) < high - low:
@@ -135,6 +148,9 @@ class BlockMap:
         for number in gone:
             del self._groups[number]
             self.dirty.discard(number)
+        if self.dirty_zeros and self.dirty_zeros[-1][0] <= low <= self.dirty_zeros[-1][1]:
+            low, before = self.dirty_zeros.pop()  # a disk that is discarded piece by piece
+            high = max(high, before)
         self.dirty_zeros.append((low, high))
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -155,7 +171,7 @@ class BlockMap:
             states = self._groups.get(number)
             if states is None:
                 zero = number in self._zeros
-                if stop - first > GROUP * 1024 and len(self._groups) < 1024:
+                if end < stop:
                     end = min(stop, self._next_known(number) << GROUP_BITS)
                 yield (ZERO if zero else BASE), first, end
             elif states is _UNIFORM[states[0]]:
@@ -172,10 +188,19 @@ class BlockMap:
             first = end
 
     def _next_known(self, number: int) -> int:
-        """The next group above `number` that may differ from it, for walks over huge ranges."""
-        nearest = min((n for n in list(self._groups) if n > number), default=1 << 62)
+        """The next group above `number` that may differ from it."""
+        with self._order_lock:
+            if len(self._order) + len(self._fresh) > 2 * len(self._groups) + 1024:
+                self._order, self._fresh = sorted(list(self._groups)), []  # noqa: C414 - atomic
+            elif self._fresh:
+                # Two ascending runs: sorting them is merging them.
+                self._order = sorted([*self._order, *sorted(self._fresh)])
+                self._fresh = []
+            order = self._order
+        at = bisect_right(order, number)
+        nearest = order[at] if at < len(order) else 1 << 62
         change = self._zeros.next_change(number)
-        return min(nearest, change) if change is not None else nearest
+        return nearest if change is None else min(nearest, change)
 
     def take_dirty(self) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
         """What changed since the last call: zeroed ranges of groups, then groups with their states.
@@ -186,12 +211,14 @@ class BlockMap:
         numbers, self.dirty = self.dirty, set()
         return zeros, [(number, self.group(number)) for number in sorted(numbers)]
 
+    def give_back(self, zeros: Sequence[tuple[int, int]], numbers: Iterable[int]) -> None:
+        """Undo a `take_dirty` whose changes could not be logged."""
+        self.dirty_zeros[:0] = zeros
+        self.dirty.update(numbers)
+
     def restore(self, number: int, states: bytes) -> None:
         """Take a group's states from a log."""
-        for whole in _UNIFORM.values():
-            if states == whole:
-                states = whole
-        self._groups[number] = states
+        self._put(number, states)
 
     def restore_zeros(self, low: int, high: int) -> None:
         """Take a zeroed range of groups from a log."""
@@ -222,5 +249,5 @@ class BlockMap:
             data += states.count(DATA)
             zero += states.count(ZERO)
         covered = sum(stop - start for start, stop in self._zeros)
-        overridden = sum(1 for n in list(self._groups) if n in self._zeros) if covered else 0
+        overridden = sum(n in self._zeros for n in list(self._groups)) if covered else 0
         return data, zero + (covered - overridden) * GROUP

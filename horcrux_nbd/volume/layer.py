@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,12 @@ from .. import files
 from ..errors import Damaged, HorcruxError, NoSpace
 from ..units import TiB
 from .blockmap import DATA, ZERO, BlockMap
-from .maplog import MapLog
+from .maplog import Changes, MapLog
 
 BLOCK_BITS = 12
 BLOCK_SIZE = 1 << BLOCK_BITS
 SEGMENT = 1 * TiB  # bytes of the image in one data file
+_DATA_NAME = re.compile(r"data-(\d{6,})")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
@@ -38,6 +40,13 @@ class SyncFailed(HorcruxError):
     """The disk under the overlay failed a sync. Linux drops what it could not write and reports
     that once (fsyncgate, 2018), so nothing after it can be acknowledged until a restart.
     """
+
+    def __init__(self, folder: Path, error: BaseException) -> None:
+        super().__init__(
+            f"{folder} could not be synced ({error}): nothing more is acknowledged; what was "
+            "flushed before is safe. Mend the disk and restart the volume"
+        )
+        self.errno = getattr(error, "errno", None) or errno.EIO
 
 
 class _File:
@@ -54,8 +63,10 @@ class _File:
 class Layer:
     """An open layer. Any number of threads may call it at once.
 
-    **Invariant:** a block's mark follows its data: `write` marks after `pwrite` returned, `flush`
-    takes the marks first and syncs the data before it logs them.
+    **Invariant:** a block's mark follows its data: `mark` is called after `write` returned, which
+    notes the data file as dirty before it returns. `flush` takes the marks first, then the dirty
+    files, syncs those and logs the marks. So no mark reaches the disk before its data.
+    **Invariant:** flushes go one after another, so what an earlier one took is synced by then.
     """
 
     def __init__(self, folder: Path, layer_id: bytes, size: int) -> None:
@@ -68,7 +79,7 @@ class Layer:
         self._group_commit = threading.Condition()
         self._asked = self._done = 0
         self._flushing = False
-        self._failed: SyncFailed | None = None
+        self._failed: BaseException | None = None  # what a sync failed with
         self.read_only = False
 
     @classmethod
@@ -86,9 +97,16 @@ class Layer:
             self.blocks = self._log.open(read_only)
         except FileNotFoundError:
             raise Damaged(f"{self._log.path} is missing: restore the volume's folder") from None
-        flags = os.O_RDONLY if read_only else os.O_RDWR
-        for path in self.folder.glob("data-*"):
-            self._files[int(path.name[5:])] = _File(path, flags)
+        try:
+            if not read_only:
+                files.sweep_temporaries(self.folder)
+            flags = os.O_RDONLY if read_only else os.O_RDWR
+            for name in os.listdir(self.folder):
+                if match := _DATA_NAME.fullmatch(name):
+                    self._files[int(match.group(1))] = _File(self.folder / name, flags)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     # ---- data
@@ -104,6 +122,11 @@ class Layer:
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` from the data files; every block in it must be DATA. Raises Damaged."""
+        segment, at = divmod(offset, SEGMENT)
+        file = self._files.get(segment)
+        in_one_file = at + len(view) <= SEGMENT
+        if file and in_one_file and os.preadv(file.fd, [view], at) == len(view):
+            return
         for segment, at, start, stop in self._pieces(offset, len(view)):
             file = self._files.get(segment)
             got = 0
@@ -133,7 +156,7 @@ class Layer:
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Put bytes into the data files and nothing else: for blocks that are DATA already."""
         if self._failed:
-            raise self._failed
+            raise SyncFailed(self.folder, self._failed)
         view = memoryview(data)
         try:
             for segment, at, start, stop in self._pieces(offset, len(view)):
@@ -149,18 +172,26 @@ class Layer:
     def mark(self, first: int, count: int, state: int) -> None:
         """Give blocks a state. Their data must have been written before, for DATA."""
         if self._failed:
-            raise self._failed
+            raise SyncFailed(self.folder, self._failed)
         with self._lock:
             self.blocks.mark(first, count, state)
 
     def zero(self, first: int, count: int) -> None:
-        """Let `count` blocks from `first` read as zeros, and give back the room they took."""
-        had_data = [run for run in self.blocks.runs(first, first + count) if run[0] == DATA]
+        """Let `count` blocks from `first` read as zeros, and give back the room they took.
+
+        The caller keeps writes of blocks that are not DATA away meanwhile.
+        """
+        begin = end = -1
+        for state, start, stop in self.blocks.runs(first, first + count):
+            if state == DATA:
+                begin, end = start if begin < 0 else begin, stop
         self.mark(first, count, ZERO)
-        for _, start, stop in had_data:
-            offset, length = start << BLOCK_BITS, (stop - start) << BLOCK_BITS
-            for segment, at, low, high in self._pieces(offset, length):
-                file = self._files[segment]
+        if begin < 0:
+            return
+        # One call for each file, not for each run: all between is zeroed, and holes cost nothing.
+        offset, length = begin << BLOCK_BITS, (end - begin) << BLOCK_BITS
+        for segment, at, low, high in self._pieces(offset, length):
+            if file := self._files.get(segment):
                 # A file system that cannot punch (EOPNOTSUPP) keeps the room; nothing else is lost.
                 _libc.fallocate(file.fd, _PUNCH_HOLE, at, high - low)
 
@@ -169,7 +200,8 @@ class Layer:
     def flush(self) -> None:
         """Make everything that was written before this call durable. Calls at once share a sync.
 
-        Raises SyncFailed from the first failed sync on.
+        Raises SyncFailed from the first failed sync on; NoSpace where the map found no room: a
+        later flush may do, and nothing is lost until then.
         """
         with self._group_commit:
             self._asked += 1
@@ -177,43 +209,54 @@ class Layer:
             while self._flushing and self._done < mine:
                 self._group_commit.wait()
             if self._done >= mine:
-                if self._failed:
-                    raise self._failed
                 return
             self._flushing = True
             target = self._asked
         try:
             self._flush()
+        except BaseException:
+            target = 0  # who waited tries for itself, and gets an error of its own
+            raise
         finally:
             with self._group_commit:
                 self._flushing = False
-                self._done = target
+                self._done = max(self._done, target)
                 self._group_commit.notify_all()
 
     def _flush(self) -> None:
         if self._failed:
-            raise self._failed
-        with self._lock:
-            compact = self._log.wants_compaction(self.blocks.entries)
-            changes = self.blocks.take_dirty()
-            everything = self.blocks.everything() if compact else None
-        # After the marks: each mark taken has its segment in the set that is taken here.
-        with self._lock:
-            segments, self._dirty_segments = self._dirty_segments, set()
+            raise SyncFailed(self.folder, self._failed)
+        changes: Changes = [], []
+        everything = None
         try:
+            with self._lock:
+                changes = self.blocks.take_dirty()
+                changed = bool(changes[0] or changes[1])
+                if changed and self._log.wants_compaction(self.blocks.entries):
+                    everything = self.blocks.everything()
+            # After the marks: each mark taken has its segment in the set that is taken here.
+            with self._lock:
+                segments, self._dirty_segments = self._dirty_segments, set()
             for segment in segments:
                 os.fdatasync(self._files[segment].fd)
-            if everything is not None:
+            if changed:
+                self._log_changes(changes, everything)
+        except NoSpace:
+            with self._lock:
+                self.blocks.give_back(changes[0], [number for number, _ in changes[1]])
+            raise
+        except BaseException as error:
+            # Whatever it was, what has been taken is not durable and no later flush knows of it.
+            self._failed = error.with_traceback(None)  # a traceback holds on to nbdkit's buffers
+            raise SyncFailed(self.folder, error) from error
+
+    def _log_changes(self, changes: Changes, everything: Changes | None) -> None:
+        if everything is not None:
+            # No room for a second log beside the first, which is only long.
+            with contextlib.suppress(NoSpace):
                 self._log.compact(everything)
-            elif changes[0] or changes[1]:
-                self._log.append(changes)
-        except (OSError, HorcruxError) as error:
-            self._failed = SyncFailed(
-                f"{self.folder} could not be synced ({error}): nothing more is acknowledged; what "
-                "was flushed before is safe. Mend the disk and restart the volume"
-            )
-            self._failed.errno = getattr(error, "errno", None) or errno.EIO
-            raise self._failed from error
+                return
+        self._log.append(changes)
 
     # ---- figures
 
@@ -229,6 +272,9 @@ class Layer:
         self._log.close()
 
     def close(self) -> None:
-        """Forget the files; `flush` first. Readers that still hold one finish."""
+        """Give up the files; `flush` first. Nobody may call the layer any more.
+
+        A frozen layer that readers may still hold needs no `close`: its files go with it.
+        """
         self._log.close()
         self._files = {}

@@ -4,19 +4,24 @@ A batch says which groups got which states. It is appended only after the data t
 visible is synced, so at any moment a block is what the last complete batch says or something
 written later, never zeros or garbage. A torn batch at the end was never acknowledged and is cut
 off; one in the middle is damage and is refused. The layout is in docs/format.md, "Overlay map".
+
+**Invariant:** at most one batch is on its way to the disk: the next is written when it is synced.
+So a bad batch with a good one behind it is damage, and never what a power cut leaves.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xxhash
 
 from .. import files
-from ..errors import Damaged
+from ..errors import Damaged, NoSpace
 from .blockmap import GROUP, BlockMap
 
 FILE_HEADER = struct.Struct("<8sHHI16sQQ")  # magic, version, log2 block, group, layer id, size, sum
@@ -30,28 +35,42 @@ MAX_BATCH = 1 << 24  # bytes of payload; more is written as several batches
 COMPACT_FACTOR = 4
 COMPACT_FROM = 1 << 20
 
-_PACK = {bytes([a, b, c, d]): a | b << 2 | c << 4 | d << 6
-         for a in range(3) for b in range(3) for c in range(3) for d in range(3)}  # fmt: skip
-_UNPACK = {value: states for states, value in _PACK.items()}
+# Room that is taken ahead of the log, so that on a full disk what was written can still be flushed.
+RESERVE = 1 << 20
+_KEEP_SIZE = 0x01  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+_PACKED = GROUP // 4
+_LOW_BITS = int.from_bytes(b"\x03" * _PACKED)
 
 Changes = tuple[Sequence[tuple[int, int]], Sequence[tuple[int, bytes]]]
 
 
 def pack_states(states: bytes) -> bytes:
     """128 states at two bits each, the first in the low bits."""
-    return bytes(_PACK[states[i : i + 4]] for i in range(0, GROUP, 4))
+    packed = 0
+    for lane in range(4):
+        packed |= int.from_bytes(states[lane::4]) << 2 * lane
+    return packed.to_bytes(_PACKED)
 
 
 def unpack_states(packed: bytes) -> bytes:
-    """The opposite; KeyError for a state that there is not."""
-    return b"".join(_UNPACK[value] for value in packed)
+    """The opposite; ValueError for a state that there is not."""
+    number = int.from_bytes(packed)
+    states = bytearray(GROUP)
+    for lane in range(4):
+        states[lane::4] = (number >> 2 * lane & _LOW_BITS).to_bytes(_PACKED)
+    if 3 in states:
+        raise ValueError("no such state")
+    return bytes(states)
 
 
-def _batches(changes: Changes, sequence: int, seed: int) -> tuple[bytes, int]:
+def _batches(changes: Changes, sequence: int, seed: int) -> Iterator[tuple[int, bytes]]:
+    """(sequence, bytes) of the batches that say `changes`, at least one."""
     zeros, groups = changes
-    parts: list[bytes] = []
     at_zero = at_group = 0
-    while at_zero < len(zeros) or at_group < len(groups) or not parts:
+    while True:
         some_zeros = zeros[at_zero : at_zero + MAX_BATCH // ZEROS.size]
         at_zero += len(some_zeros)
         room = MAX_BATCH - len(some_zeros) * ZEROS.size
@@ -66,8 +85,9 @@ def _batches(changes: Changes, sequence: int, seed: int) -> tuple[bytes, int]:
         )
         sequence += 1
         head = (BATCH_MAGIC, len(payload), sequence, len(some_zeros), len(some_groups))
-        parts.append(BATCH_HEADER.pack(*head, _sum(head, payload, seed)) + payload)
-    return b"".join(parts), sequence
+        yield sequence, BATCH_HEADER.pack(*head, _sum(head, payload, seed)) + payload
+        if at_zero == len(zeros) and at_group == len(groups):
+            return
 
 
 def _sum(head: tuple[bytes, int, int, int, int], payload: bytes, seed: int) -> int:
@@ -85,7 +105,7 @@ class MapLog:
         self.path, self.layer_id, self.size = path, layer_id, size
         self._seed = int.from_bytes(layer_id[:8], "little")
         self._fd = -1
-        self._end = 0
+        self._end = self._reserved = 0
         self.sequence = 0
 
     def _header(self) -> bytes:
@@ -98,21 +118,36 @@ class MapLog:
         files.publish(self.path, self._header(), mode=0o600)
 
     def open(self, read_only: bool = False) -> BlockMap:
-        """Read the log and be ready to append. Raises Damaged; a torn end is cut off."""
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-        self._fd = os.open(self.path, flags)
-        data = files.read_exactly(self._fd, os.fstat(self._fd).st_size, 0)
+        """Read the log and, unless `read_only`, be ready to append. Raises Damaged.
+
+        A torn end is cut off.
+        """
+        if read_only:
+            with files.opened(self.path, os.O_RDONLY) as fd:
+                return self._read(fd)[0]
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            blocks, length = self._read(fd)
+            if self._end < length:
+                os.ftruncate(fd, self._end)
+                os.fsync(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd, self._reserved = fd, self._end
+        self._reserve(1)
+        return blocks
+
+    def _read(self, fd: int) -> tuple[BlockMap, int]:
+        data = files.read_exactly(fd, os.fstat(fd).st_size, 0)
         if data[: FILE_HEADER.size] != self._header():
             raise Damaged(f"{self.path} is damaged or belongs to another overlay (its header)")
         blocks, self._end = self._replay(data)
-        if self._end < len(data) and not read_only:
-            os.ftruncate(self._fd, self._end)
-            os.fsync(self._fd)
-        return blocks
+        return blocks, len(data)
 
     def _replay(self, data: bytes) -> tuple[BlockMap, int]:
         blocks = BlockMap()
-        at = FILE_HEADER.size
+        self.sequence, at = 0, FILE_HEADER.size
         while at < len(data):
             batch = self._batch(data, at)
             if batch is None or batch[0] != self.sequence + 1:
@@ -128,7 +163,7 @@ class MapLog:
                 for number in range(groups):
                     group, packed = GROUP_ENTRY.unpack_from(data, begin + number * GROUP_ENTRY.size)
                     blocks.restore(group, unpack_states(packed))
-            except KeyError:
+            except ValueError:
                 raise Damaged(f"{self.path} is damaged at byte {at}: no such state") from None
             at = end
         return blocks, at
@@ -151,7 +186,7 @@ class MapLog:
 
     def _refuse_if_more_follows(self, data: bytes, at: int) -> None:
         """A bad batch before a good one is no torn end: acknowledged changes would be lost."""
-        later = data.find(BATCH_MAGIC, at + 1)
+        later = data.find(BATCH_MAGIC, at)
         while later >= 0:
             batch = self._batch(data, later)
             if batch is not None and batch[0] > self.sequence:
@@ -161,28 +196,51 @@ class MapLog:
                 )
             later = data.find(BATCH_MAGIC, later + 1)
 
+    def _reserve(self, length: int) -> None:
+        """Take room for `length` bytes more and some ahead, where that can be done."""
+        if self._end + length > self._reserved:
+            room = length + RESERVE
+            if _libc.fallocate(self._fd, _KEEP_SIZE, self._end, room) == 0:
+                self._reserved = self._end + room
+
     def append(self, changes: Changes) -> None:
-        """Make `changes` durable. The data that they refer to must be durable already."""
-        data, sequence = _batches(changes, self.sequence, self._seed)
-        files.write_all(self._fd, data, self._end)
-        os.fdatasync(self._fd)
-        self._end += len(data)
-        self.sequence = sequence
+        """Make `changes` durable. The data that they refer to must be durable already.
+
+        Raises NoSpace: some of the changes may be durable then, all may be appended again. After
+        another OSError nothing is known of what the disk has.
+        """
+        for sequence, data in _batches(changes, self.sequence, self._seed):
+            self._reserve(len(data))
+            try:
+                files.write_all(self._fd, data, self._end)
+            except OSError as error:
+                # A piece that stays might look like damage behind a shorter batch.
+                os.ftruncate(self._fd, self._end)
+                self._reserved = self._end
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise NoSpace(f"no space left for {self.path}: free some") from error
+                raise
+            os.fdatasync(self._fd)
+            self._end += len(data)
+            self.sequence = sequence
 
     def wants_compaction(self, entries: int) -> bool:
         """Whether the log is much longer than a map of `entries` entries needs."""
         return self._end > COMPACT_FROM and self._end > COMPACT_FACTOR * entries * GROUP_ENTRY.size
 
     def compact(self, everything: Changes) -> None:
-        """Replace the log by one that says `everything` at once.
+        """Replace the log by one that says `everything` at once; NoSpace leaves it as it is.
 
         `everything` must be no newer than what was appended last.
         """
-        data, sequence = _batches(everything, 0, self._seed)
-        files.publish(self.path, self._header() + data, mode=0o600)
+        batches = list(_batches(everything, 0, self._seed))
+        data = b"".join([self._header(), *(batch for _, batch in batches)])
+        files.publish(self.path, data, mode=0o600)
         fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         self.close()
-        self._fd, self._end, self.sequence = fd, FILE_HEADER.size + len(data), sequence
+        self._fd, self._end, self.sequence = fd, len(data), batches[-1][0]
+        self._reserved = self._end
+        self._reserve(1)
 
     @property
     def end(self) -> int:

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple, Protocol
 
 from .blockmap import BASE, DATA, GROUP_BITS, ZERO
 from .layer import BLOCK_BITS, BLOCK_SIZE, Layer
 
 STRIPES = 64
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+def fill_zeros(view: memoryview) -> None:
+    """Zero `view`, without taking as much memory again."""
+    for start in range(0, len(view), len(_ZEROS)):
+        part = view[start : start + len(_ZEROS)]
+        part[:] = _ZEROS[: len(part)]
 
 
 class Below(Protocol):
@@ -34,6 +42,43 @@ class Stack(NamedTuple):
     base: Below
 
 
+class Gate:
+    """Lets any number of writers in, or keeps them all out."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._inside = 0
+        self._closed = False
+
+    def __enter__(self) -> None:
+        with self._condition:
+            while self._closed:
+                self._condition.wait()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._condition:
+            self._inside -= 1
+            if self._closed and not self._inside:
+                self._condition.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Nobody is inside the gate during this block. One such block after another."""
+        with self._condition:
+            while self._closed:
+                self._condition.wait()
+            self._closed = True
+            while self._inside:
+                self._condition.wait()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._closed = False
+                self._condition.notify_all()
+
+
 class Overlay:
     """Layers over a base. Any number of threads may call it at once.
 
@@ -48,9 +93,7 @@ class Overlay:
         """`layers` from the newest, which is written, to the oldest; at least one."""
         self._stack = Stack(tuple(layers), base)
         self._stripes = [threading.Lock() for _ in range(STRIPES)]
-        self._gate = threading.Condition()
-        self._writers = 0
-        self._closed = False
+        self._gate = Gate()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -85,23 +128,9 @@ class Overlay:
         elif state == BASE:
             self._read(stack, depth + 1, offset, view)
         else:
-            view[:] = bytes(len(view))
+            fill_zeros(view)
 
     # ---- writing
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._gate:
-            while self._closed:
-                self._gate.wait()
-            self._writers += 1
-        try:
-            yield
-        finally:
-            with self._gate:
-                self._writers -= 1
-                if self._closed and not self._writers:
-                    self._gate.notify_all()
 
     def write(self, offset: int, view: memoryview) -> None:
         """Write `view` at `offset` (bytes). Acknowledged, not yet durable, when it returns.
@@ -116,7 +145,7 @@ class Overlay:
             stack = self._stack
             # Before the gate: this may wait for the network, and a commit must not wait for that.
             edges = self._edges(stack, offset, end)
-            with self._writing():
+            with self._gate:
                 if self._stack is not stack:
                     continue
                 top = stack.layers[0]
@@ -152,14 +181,16 @@ class Overlay:
             blocks.add(end >> BLOCK_BITS)
         return blocks
 
-    @contextmanager
-    def _locked(self, first: int, stop: int) -> Iterator[None]:
-        groups = range(first >> GROUP_BITS, ((stop - 1) >> GROUP_BITS) + 1)
-        stripes = range(STRIPES) if len(groups) >= STRIPES else {g % STRIPES for g in groups}
-        with ExitStack() as stack:
-            for stripe in sorted(stripes):  # in one order, so that no two wait for each other
-                stack.enter_context(self._stripes[stripe])
-            yield
+    def _locked(self, first: int, stop: int) -> AbstractContextManager[object]:
+        """The locks of the stripes that the blocks [first, stop) are in."""
+        group, last = first >> GROUP_BITS, (stop - 1) >> GROUP_BITS
+        if group == last:
+            return self._stripes[group % STRIPES]
+        several = ExitStack()
+        # In one order, so that no two wait for each other.
+        for stripe in sorted({number % STRIPES for number in range(group, last + 1)[:STRIPES]}):
+            several.enter_context(self._stripes[stripe])
+        return several
 
     def _write_fresh(
         self, top: Layer, offset: int, view: memoryview, edges: dict[int, bytes]
@@ -187,8 +218,15 @@ class Overlay:
             self.write(offset, memoryview(bytes(head)))
         if tail:
             self.write(stop << BLOCK_BITS, memoryview(bytes(tail)))
+        self._zero_blocks(first, stop)
+
+    def trim(self, offset: int, length: int) -> None:
+        """`zero` of the whole blocks in a range. The edges stay: to zero them may need a fetch."""
+        self._zero_blocks(-(-offset >> BLOCK_BITS), (offset + length) >> BLOCK_BITS)
+
+    def _zero_blocks(self, first: int, stop: int) -> None:
         if first < stop:
-            with self._writing(), self._locked(first, stop):
+            with self._gate, self._locked(first, stop):
                 self._stack.layers[0].zero(first, stop - first)
 
     def zero_is_fast(self, offset: int, length: int) -> bool:
@@ -207,18 +245,8 @@ class Overlay:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """No write is under way inside this block and none begins; reads go on."""
-        with self._gate:
-            while self._closed:
-                self._gate.wait()
-            self._closed = True
-            while self._writers:
-                self._gate.wait()
-        try:
+        with self._gate.closed():
             yield
-        finally:
-            with self._gate:
-                self._closed = False
-                self._gate.notify_all()
 
     def push(self, layer: Layer) -> None:
         """Put a fresh layer on top, inside `paused`: what is written from here on goes there."""

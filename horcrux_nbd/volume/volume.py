@@ -137,14 +137,21 @@ class Volume:
 
     def zero(self, offset: int, length: int) -> None:
         """Let a range read as zeros, in time that does not grow with it."""
-        # The last block of an odd-sized image is zeroed whole: nobody sees what is behind its end.
-        if offset + length == self.size:
-            length = -(-self.size // BLOCK_SIZE) * BLOCK_SIZE - offset
-        self._writable().zero(offset, length)
+        self._writable().zero(offset, self._whole(offset, length))
+
+    def trim(self, offset: int, length: int) -> None:
+        """Let the whole blocks of a range read as zeros; never fetches anything."""
+        self._writable().trim(offset, self._whole(offset, length))
 
     def zero_is_fast(self, offset: int, length: int) -> bool:
         """Whether `zero` there would not have to fetch anything."""
-        return self._writable().zero_is_fast(offset, length)
+        return self._writable().zero_is_fast(offset, self._whole(offset, length))
+
+    def _whole(self, offset: int, length: int) -> int:
+        """`length`, but for an odd-sized image's last block, of which nobody sees the rest."""
+        if offset + length == self.size:
+            return -(-self.size // BLOCK_SIZE) * BLOCK_SIZE - offset
+        return length
 
     def flush(self) -> None:
         """Make all that was acknowledged before durable. Raises SyncFailed."""
