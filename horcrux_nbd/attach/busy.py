@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .mountinfo import Mount, device_number, mounts
-from .processes import Process
+from .processes import Process, ProgramFailed, run
 
 SHOWN = 5  # users named in a message
+OPEN_TIMEOUT = 10.0  # seconds to open a device that nobody uses
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ def users_of_mount(target: str) -> list[User]:
     return users
 
 
-def users_of_device(device: str) -> list[User]:
-    """Who holds `device`: mounts in any mount namespace, open descriptors, devices built on it."""
+def users_of_device(device: str, timeout: float = OPEN_TIMEOUT) -> list[User]:
+    """Who holds `device`: mounts in any mount namespace, open descriptors, devices built on it.
+
+    Raises TimedOut if the device cannot even be opened within `timeout` seconds.
+    """
     try:
         number = device_number(device)
     except FileNotFoundError:
@@ -80,7 +85,7 @@ def users_of_device(device: str) -> list[User]:
     with contextlib.suppress(FileNotFoundError):
         for holder in os.listdir(f"/sys/dev/block/{number}/holders"):
             users.append(User(0, "kernel", f"/dev/{holder} is built on it"))
-    if not users and _claimed(device):
+    if not users and _claimed(device, timeout):
         users.append(User(0, "kernel", "somebody who cannot be told holds it exclusively"))
     return users
 
@@ -95,12 +100,17 @@ def _mounts_in(pid: int, namespace: str, number: str) -> list[User]:
     ]
 
 
-def _claimed(device: str) -> bool:
-    """Whether a mount, also one that was detached lazily, or a kernel driver claims `device`."""
+def _claimed(device: str, timeout: float) -> bool:
+    """Whether a mount, also one that was detached lazily, or a kernel driver claims `device`.
+
+    Asked by a child: to open a device waits for others that are just opening or closing it, and
+    those wait for its server (seen: for ever, with a server that was stopped).
+    """
+    code = "import os, sys; os.open(sys.argv[1], os.O_RDONLY | os.O_EXCL)"
     try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno == errno.EBUSY
+        run([sys.executable, "-I", "-S", "-c", code, device], timeout)
+    except ProgramFailed as error:
+        return os.strerror(errno.EBUSY) in error.said
     return False
 
 
@@ -141,6 +151,8 @@ def _uses_path(pid: int, target: str, prefix: str) -> str:
 
 def _maps_device(pid: int, number: str) -> str:
     """Which file of the file system `number` the process maps (a library, a database's pages)."""
+    if Process.state(pid) == "D":
+        return ""  # its memory map may be locked for as long as it waits, and would hold us too
     major, minor = (int(part) for part in number.split(":"))
     wanted = f"{major:02x}:{minor:02x}"
     with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ from .. import files
 from ..errors import Busy, EnvironmentProblem, HorcruxError, NotFound
 from . import busy, choose, mount
 from .base import CONNECTIONS, DEAD_TIMEOUT, RECORD, REQUEST_TIMEOUT, Attachment, Request, Status
-from .processes import ProgramFailed, run
+from .processes import ProgramFailed, TimedOut, run
 from .sockets import listener
 
 TIMEOUT = 30.0  # seconds for one step of a detach
@@ -87,16 +87,21 @@ def detach(attachment: Attachment, *, timeout: float = TIMEOUT, force: bool = Fa
     if current is None or force:
         return clean_up(state, timeout=timeout)
     device = attachment.device
-    if users := busy.users_of_device(device):
-        raise Busy(f"{device} ({attachment.name}) is in use by {busy.describe(users)}")
     try:
+        if users := busy.users_of_device(device, timeout):
+            raise Busy(f"{device} ({attachment.name}) is in use by {busy.describe(users)}")
         run(["sync", device], timeout)  # what was written to the device itself and never flushed
+        removed = choose.DRIVERS[attachment.via].release(state, timeout=timeout, force=False)
     except ProgramFailed as error:
         raise HorcruxError(
             f"{device} ({attachment.name}) did not take its last writes ({error.said}), so its "
             "server is gone or has failed: only `detach --force` goes on, and loses them"
         ) from error
-    removed = choose.DRIVERS[attachment.via].release(state, timeout=timeout, force=False)
+    except TimedOut as error:
+        raise TimedOut(
+            f"the server of {device} ({attachment.name}) does not answer ({error}): wait for it, "
+            "or `detach --force`, which loses what it did not take"
+        ) from error
     _remove(state)
     return removed
 

@@ -61,15 +61,16 @@ class Process:
     @classmethod
     def of(cls, pid: int) -> Process | None:
         """The process that has `pid` now; None if none has, or only a zombie."""
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        # The command name may hold spaces and brackets: fields count from its last bracket.
-        fields = text[text.rindex(")") + 2 :].split()
-        if fields[0] in ("Z", "X"):
+        fields = _stat(pid)
+        if not fields or fields[0] in ("Z", "X"):
             return None
         return cls(pid, int(fields[19]))
+
+    @staticmethod
+    def state(pid: int) -> str:
+        """The letter that ps shows (R, S, D, Z, …); empty if there is no such process."""
+        fields = _stat(pid)
+        return fields[0] if fields else ""
 
     def alive(self) -> bool:
         return Process.of(self.pid) == self
@@ -119,6 +120,16 @@ class Process:
         return self.wait_gone(KILL_GRACE)
 
 
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from its third field on; empty if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    # The command name may hold spaces and brackets: fields count from its last bracket.
+    return text[text.rindex(")") + 2 :].split()
+
+
 def with_argument(program: str, argument: str) -> list[Process]:
     """The processes of `program` (its file name) that have `argument` on their command line.
 
@@ -128,13 +139,13 @@ def with_argument(program: str, argument: str) -> list[Process]:
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
-        try:
-            words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
-        except OSError:  # it ended meanwhile
+        process = Process.of(int(entry))
+        # The name first: to read the command line of a process that hangs in the kernel can hang.
+        if process is None or process.name() != program[:15]:
             continue
-        if os.path.basename(words[0]) == program.encode() and argument.encode() in words[1:]:
-            process = Process.of(int(entry))
-            if process:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+            if os.fsencode(argument) in words[1:]:
                 found.append(process)
     return found
 
@@ -167,7 +178,8 @@ def run_bytes(argv: Sequence[str], timeout: float) -> bytes:
         try:
             status = child.wait(timeout)
         except subprocess.TimeoutExpired:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # with the children that it started
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(KILL_GRACE)
             stuck = "" if child.returncode is not None else f"; process {child.pid} cannot be ended"
