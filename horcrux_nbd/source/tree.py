@@ -106,6 +106,7 @@ class Tree:
         self.left_out = []
         self.files = self.file_bytes = self.allocated_bytes = 0
         self._made_up = _made_up_devices()
+        self._mounts: dict[Entry, str] = {}
         try:
             status = os.stat(self._path)
             if not stat.S_ISDIR(status.st_mode):
@@ -115,7 +116,6 @@ class Tree:
             self.root = self._entry(self._path, b"", None, status)
         except OSError as error:
             raise UsageError(f"cannot read {show(self._path)}: {error.strerror}") from error
-        self._device = status.st_dev
         self._scan()
         self._firsts.clear()
         if self._unreadable:
@@ -217,6 +217,8 @@ class Tree:
             entry.links = 2
             if parent is not None:
                 parent.links += 1
+            if status.st_dev in self._made_up:
+                self._mounts[entry] = self._made_up[status.st_dev]
         elif status.st_nlink > 1:
             first = self._firsts.setdefault((status.st_dev, status.st_ino), entry)
             if first is not entry:
@@ -256,6 +258,8 @@ class Tree:
             return ()
         pairs = []
         for name in sorted(map(os.fsencode, names)):
+            if name.startswith(b"trusted.SGI_ACL_"):
+                continue  # how XFS stores the ACLs that it shows as system.posix_acl_*, too
             if name.startswith(b"system.") and not name.startswith(b"system.posix_acl_"):
                 self._ignored_xattrs.add(name)  # another file system's own (NFSv4 ACLs, CIFS)
                 continue
@@ -267,11 +271,10 @@ class Tree:
         return tuple(pairs)
 
     def _leave_out(self, directory: Entry) -> bool:
-        with self.reach(directory) as path:
-            device = os.lstat(path + b"/.").st_dev
-        if device == self._device or device not in self._made_up:
+        kind = self._mounts.pop(directory, None)
+        if kind is None:
             return False
-        self.left_out.append(f"{show(directory.path())}: {self._made_up[device]}, left out")
+        self.left_out.append(f"{show(directory.path())}: {kind}, left out")
         return True
 
     def _cannot(self, path: bytes, error: OSError) -> None:

@@ -147,8 +147,9 @@ class XfsSource(XfsImage):
         try:
             self._watch(copy)
         except BaseException:
-            os.killpg(copy.pid, signal.SIGTERM)
-            copy.wait()
+            if copy.poll() is None:
+                os.killpg(copy.pid, signal.SIGTERM)
+                copy.wait()
             raise
         finally:
             if copy.stderr:

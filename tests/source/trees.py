@@ -170,6 +170,7 @@ def describe(root: Path) -> dict[bytes, tuple[object, ...]]:
             {
                 os.fsencode(name): os.getxattr(place, name, follow_symlinks=False)
                 for name in os.listxattr(place, follow_symlinks=False)
+                if not name.startswith("trusted.SGI_ACL_")  # XFS shows ACLs twice
             },
             content,
             None if stat.S_ISDIR(status.st_mode) else inodes.setdefault(status.st_ino, path),
