@@ -211,19 +211,15 @@ class Refs:
         key = f"{self._branch_prefix(image, branch)}{_TOP - number:020d}"
         try:
             self._store.put_exclusive(key, record.encode(key))
-        except KeyExists:
+        except (KeyExists, StoreUnavailable) as error:
             # Perhaps our own, whose answer got lost on the way.
-            if not self._is_ours(key, record):
+            try:
+                won = self.read_record(key).token == record.token
+            except StoreError:  # not there, or still away: the first error says why
+                raise error from None
+            if not won:
                 raise self._moved(image, branch, self.head(image, branch)) from None
-        except StoreUnavailable:
-            with contextlib.suppress(StoreError):  # still away: the first error says why
-                if self._is_ours(key, record):
-                    return record
-            raise
         return record
-
-    def _is_ours(self, key: str, record: BranchRecord) -> bool:
-        return self.read_record(key).token == record.token
 
     def _moved(self, image: str, branch: str, record: BranchRecord | None) -> BranchMoved:
         if record is None:
