@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -36,7 +37,7 @@ def test_ranges_are_the_set_of_what_was_added(added: list[tuple[int, int]]) -> N
     pairs = list(ranges)
     assert len(ranges) == len(pairs)
     assert all(a < b for a, b in pairs)
-    assert all(x[1] < y[0] for x, y in zip(pairs, pairs[1:], strict=False)), "not merged"
+    assert all(x[1] < y[0] for x, y in itertools.pairwise(pairs)), "not merged"
     for n in range(80):
         change = next((m for m in range(n + 1, 90) if (m in model) != (n in model)), None)
         assert ranges.next_change(n) == change
