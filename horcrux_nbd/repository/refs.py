@@ -174,12 +174,12 @@ class Refs:
             raise NotFound(f"{self._store.url}: no image {image!r}{suggest(image, images)}")
 
     def known(self, image: str) -> list[str]:
-        """Names that a version of the image can have, for a message: branches, then tags."""
+        """Names of versions of the image, for a message: branches that there are, then tags."""
         branches = self.branches(image)
         if len(branches) <= _MANY:
             with contextlib.suppress(Damaged):  # no reason to hide what the message is about
                 branches = list(self.heads(image))
-        return branches + self.tags(image)
+        return list(dict.fromkeys(branches + self.tags(image)))
 
     def is_shallow(self, image: str, commit: bytes) -> bool:
         """Whether the parents of `commit` were removed on purpose (docs/format.md, "Removal")."""

@@ -129,11 +129,11 @@ class ObjectWriter:
         with self._condition:
             fresh = oid not in self._used
             self._used.add(oid)  # a second writer of the same bytes need not store them too
-        if not fresh or self._is_there(oid, len(plain)):
-            with self._condition:
-                self.written.known_objects += 1
-            return oid
         try:
+            if not fresh or self._is_there(oid, len(plain)):
+                with self._condition:
+                    self.written.known_objects += 1
+                return oid
             data = encode(kind, plain)
             self.repository.store.put(object_key(oid), data)
         except BaseException:
