@@ -53,6 +53,7 @@ class _Node:
     indexed: bool = False
     xattrs: bytes = b""
     xattr_block: int = 0
+    tree: list[int] = field(default_factory=list)  # blocks of its extent tree
 
 
 def blocks_of(size: int) -> int:
@@ -98,6 +99,8 @@ class _Filler:
         self._nodes = [_Node(entry) for entry in tree.walk() if entry.same_as is None]
         self._numbers: dict[Entry, int] = {}
         self._claims: dict[Entry, list[Extent]] = {}
+        self._tree_claims: dict[Entry, list[int]] = {}
+        self._xattr_claims: dict[Entry, list[int]] = {}
         self._marked = (0, 0)  # start and count of blocks that are taken and not yet marked so
 
     def run(self) -> tuple[list[Piece], list[tuple[Entry, Place]]]:
@@ -119,7 +122,13 @@ class _Filler:
             self._write_inode(node)
         self._mark(0, 0)
         pieces.sort(key=lambda piece: piece[0])
-        places = [(node.entry, Place(node.number, tuple(node.extents))) for node in self._nodes]
+        places = [
+            (
+                node.entry,
+                Place(node.number, tuple(node.extents), tuple(node.tree), node.xattr_block),
+            )
+            for node in self._nodes
+        ]
         return pieces, places
 
     # ---- inodes --------------------------------------------------------------------------------
@@ -163,15 +172,10 @@ class _Filler:
         if mapped:
             extents = ext4_inode.split_extents(node.extents)
             count = ext4_inode.tree_blocks(len(extents))
-            tree_blocks = [
-                block
-                for start, size in (self._space.take(count) if count else [])
-                for block in range(start, start + size)
-            ]
-            for block in tree_blocks:
-                self._mark(block, 1)
+            if count:
+                node.tree = self._single_blocks(count, self._tree_claims.pop(entry, []))
             node.body = ext4_inode.extent_tree(
-                extents, tree_blocks, lambda block, data: self._write_node(node, block, data)
+                extents, node.tree, lambda block, data: self._write_node(node, block, data)
             )
             node.blocks += count
         assert node.body is not None
@@ -212,19 +216,37 @@ class _Filler:
             place = self._previous.get(entry.path())
             if place is None:
                 continue
-            if not stat.S_ISDIR(entry.mode) and not stat.S_ISREG(entry.mode):
-                continue
-            # How many blocks a directory takes is not known yet.
-            wanted = [(0, 1 << 32)] if stat.S_ISDIR(entry.mode) else wanted_blocks(entry)
+            if stat.S_ISREG(entry.mode):
+                wanted = wanted_blocks(entry)
+            elif stat.S_ISDIR(entry.mode):
+                wanted = [(0, 1 << 32)]  # how many blocks it takes is not known yet
+            else:
+                wanted = [(0, 1)]
             old = [(logical, count, block) for logical, block, count in place.extents]
             kept: list[Extent] = []
             for (logical, _, block), first, size in overlaps(old, wanted):
                 for start, got in self._space.claim(block + first - logical, size):
                     kept.append((start - block + logical, start, got))
-            if kept:
-                self._claims[entry] = kept
-                last = max(last, kept[-1][1] + kept[-1][2])
+            self._claims[entry] = kept
+            self._tree_claims[entry] = self._claim_blocks(place.tree)
+            if place.xattr_block:
+                self._xattr_claims[entry] = self._claim_blocks([place.xattr_block])
+            ends = [block + count for _, block, count in kept]
+            last = max([last, place.xattr_block + 1, *ends, *(block + 1 for block in place.tree)])
         self._space.begin_at(last)
+
+    def _claim_blocks(self, blocks: Sequence[int]) -> list[int]:
+        return [block for block in blocks if self._space.claim(block, 1)]
+
+    def _single_blocks(self, count: int, claimed: Sequence[int]) -> list[int]:
+        """`count` blocks of no order: those claimed before first. Counts them as taken."""
+        blocks = list(claimed[:count])
+        if len(blocks) < count:
+            for start, size in self._space.take(count - len(blocks)):
+                blocks.extend(range(start, start + size))
+        for block in blocks:
+            self._mark(block, 1)
+        return blocks
 
     def _place(self, node: _Node, wanted: Sequence[Range], align: int = 1) -> None:
         """Give `node` its blocks: those it has a claim on, and new ones for the rest."""
@@ -330,8 +352,10 @@ class _Filler:
         for data, nodes in sharing.items():
             for at in range(0, len(nodes), ext4_xattr.MAX_REFERENCES):
                 part = nodes[at : at + ext4_xattr.MAX_REFERENCES]
-                ((block, _),) = self._space.take(1)
-                self._mark(block, 1)
+                claims = [
+                    block for node in part for block in self._xattr_claims.get(node.entry, ())
+                ]
+                (block,) = self._single_blocks(1, claims)
                 shared = ext4_xattr.with_references(data, len(part))
                 self._fs.write_xattr_block(part[0].number, block, shared)
                 for node in part:

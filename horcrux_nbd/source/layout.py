@@ -14,6 +14,8 @@ class Place:
 
     inode: int
     extents: tuple[Extent, ...]  # in blocks of 4 KiB; what is no hole
+    tree: tuple[int, ...] = ()  # blocks of its extent tree, beside the inode
+    xattr_block: int = 0  # block of its extended attributes, 0 for none; several may share it
 
 
 @dataclass
