@@ -6,6 +6,7 @@ is 500 GB in chunks of 512 KiB, are 37 MB.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterator
 
@@ -51,11 +52,10 @@ class Listing:
 
     def _finish(self) -> None:
         self.marks = bytearray(len(self))
-        starts = self._starts
+        counts = self._starts
         for at in range(len(self)):
-            starts[int.from_bytes(self.id(at)[:_PREFIX], "big") + 1] += 1
-        for prefix in range(1, len(starts)):
-            starts[prefix] += starts[prefix - 1]
+            counts[int.from_bytes(self.id(at)[:_PREFIX], "big") + 1] += 1
+        self._starts = array("L", itertools.accumulate(counts))
 
     def __len__(self) -> int:
         return len(self.sizes)

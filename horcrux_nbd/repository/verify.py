@@ -41,6 +41,7 @@ from .refs import BranchRecord
 from .repository import CONFIG_KEY, Repository
 
 MAX_PROBLEMS = 1000  # told one by one; beyond, they are counted
+MAX_TOLD = 100_000  # objects counted once each; beyond, each time that something names them
 MAX_AFFECTED = 20  # versions named for one problem; beyond, they are counted
 MEMORY = 256 * MiB  # of objects read at once
 
@@ -112,6 +113,7 @@ class _Verifier:
         self._listing = Listing()
         self._commits: dict[bytes, Commit] = {}
         self._bad: dict[bytes, str] = {}  # of the problems that are told one by one
+        self._told: set[bytes] = set()  # that are counted, or told already
         self._patches = array("Q")  # places of patches that are still to be read
         self._chains = array("Q")  # hash of each patch's chain, by its place in the listing
         self._links = array("Q")  # place of a patch, of the one below, the chain that it must have
@@ -161,12 +163,14 @@ class _Verifier:
 
     def _bad_object(self, oid: bytes, what: str) -> None:
         """A problem of an object; which versions it affects is looked up at the end."""
-        if oid in self._bad:
+        if oid in self._bad or oid in self._told:
             return
         if len(self._bad) < MAX_PROBLEMS:
             self._bad[oid] = what
-        else:
-            self._report.more_problems += 1
+            return
+        self._report.more_problems += 1
+        if len(self._told) < MAX_TOLD:
+            self._told.add(oid)
 
     def _each(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R | Bad]]:
         """`work` for each of `items` in parallel, in order; damage is a result."""
@@ -268,6 +272,7 @@ class _Verifier:
                 if oid in commit.parents
                 and not self._repository.refs.is_shallow(commit.image, child)
             ]
+            self._told.add(oid)
             if children or oid in roots:
                 self._problem(object_key(oid), what, roots.get(oid, []) + children)
 
