@@ -127,8 +127,11 @@ class Driver(Protocol):
     def devices(self, state: Path) -> list[str]:
         """The devices that `state` led to and that are there now."""
 
-    def abort(self, state: Path) -> None:
-        """End everything that waits for the server with an error. What it had not taken is lost."""
+    def abort(self, state: Path) -> list[str]:
+        """End everything that waits for the server with an error; one line about each thing.
+
+        What the server had not taken is lost. Nothing of `state` starts anything new after it.
+        """
 
     def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         """Take the device and all helpers away; one line about each. It is flushed and unmounted.

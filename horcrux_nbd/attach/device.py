@@ -139,7 +139,7 @@ def clean_up(state: Path, *, timeout: float = TIMEOUT) -> list[str]:
     state = state.absolute()
     removed = []
     for driver in choose.DRIVERS.values():
-        driver.abort(state)
+        removed += driver.abort(state)
         for device in driver.devices(state):
             removed += mount.give_up(device, timeout=timeout)
         removed += driver.release(state, timeout=timeout, force=True)

@@ -152,12 +152,14 @@ class FuseLoop:
     def devices(self, state: Path) -> list[str]:
         return loop_devices(state / FOLDER / FILE)
 
-    def abort(self, state: Path) -> None:
+    def abort(self, state: Path) -> list[str]:
         # A killed program's losetup may still be at work and would bind a device behind our back.
-        for process in _helpers(state):
+        helpers = _helpers(state)
+        for process in helpers:
             process.signal(signal.SIGKILL)
-        for process in _helpers(state):
+        for process in helpers:
             process.wait_gone(ABORT_TIMEOUT)
+        return [f"killed process {process.pid}, which served it" for process in helpers]
 
     def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []

@@ -105,9 +105,11 @@ class KernelNbd:
     def devices(self, state: Path) -> list[str]:
         return [f"/dev/nbd{number}" for number in numbers(identifier(state))]
 
-    def abort(self, state: Path) -> None:
-        for number in numbers(identifier(state)):
+    def abort(self, state: Path) -> list[str]:
+        found = numbers(identifier(state))
+        for number in found:
             disconnect(number, ABORT_TIMEOUT)
+        return [f"disconnected /dev/nbd{number}" for number in found]
 
     def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []

@@ -99,10 +99,12 @@ class Ublk:
         device = Path(f"/dev/ublkb{chosen(state)}")
         return [str(device)] if _is_device(device) else []
 
-    def abort(self, state: Path) -> None:
-        for process in _helpers(state):
+    def abort(self, state: Path) -> list[str]:
+        helpers = _helpers(state)
+        for process in helpers:
             process.signal(signal.SIGKILL)
             process.wait_gone(START_TIMEOUT)
+        return [f"killed nbdublk (pid {process.pid})" for process in helpers]
 
     def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []

@@ -27,6 +27,12 @@ needs_fuse = pytest.mark.skipif(
     reason="needs root, /dev/fuse, /dev/loop-control and nbdfuse: apt-get install libnbd-bin",
 )
 
+needs_nbd = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/sys/module/nbd"),
+    reason="needs root and the nbd module: `modprobe nbd`, or run `scripts/vm-test`",
+)
+WAYS = ["fuse", "nbd"] if os.path.exists("/sys/module/nbd") else ["fuse"]
+
 
 def wait_for(done: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + LIMIT
@@ -114,9 +120,18 @@ def state(tmp_path: Path) -> Iterator[Path]:
     attaching.clean_up(state)
 
 
+@pytest.fixture(params=WAYS)
+def via(request: pytest.FixtureRequest) -> str:
+    """Each way to attach that this machine has."""
+    return str(request.param)
+
+
 @pytest.fixture
-def attached(server: Server, state: Path) -> Attachment:
-    return attaching.attach(server.socket, name="volume", state=state, via="fuse")
+def attached(server: Server, state: Path, via: str) -> Attachment:
+    # Short time-outs, so that a test need not wait long for what the kernel sends again.
+    return attaching.attach(
+        server.socket, name="volume", state=state, via=via, request_timeout=6, dead_timeout=60
+    )
 
 
 @pytest.fixture

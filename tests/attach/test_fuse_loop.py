@@ -26,6 +26,11 @@ pytestmark = needs_fuse
 MiB = 1 << 20
 
 
+@pytest.fixture
+def via() -> str:
+    return "fuse"
+
+
 def sysfs(attachment: Attachment, name: str) -> str:
     return (Path("/sys/block") / Path(attachment.device).name / name).read_text().strip()
 
