@@ -28,9 +28,11 @@ from .repository.refs import suggest
 from .repository.repository import Repository
 from .units import format_size
 from .volume import state as states
+from .volume.local import open_objects, own_commits
 from .volume.state import VolumeState, create_volume
 from .volume.survey import Survey, survey
 
+VERSIONS_LOCK = "versions.lock"  # in a volume's folder; see versions/session.py
 LOCK_WAIT = 10.0  # seconds; somebody else's mount or umount of the same volume takes less
 
 
@@ -101,6 +103,12 @@ def locked(name: str) -> Iterator[None]:
         lock.release()
 
 
+def mounts(name: str) -> list[Mount]:
+    """Where a volume's file system is mounted on this host."""
+    attachment = Attachment.load(_attach_state(name))
+    return [] if attachment is None else mounts_of(attachment.device)
+
+
 def _attach_state(name: str) -> Path:
     return server.folder_of(name) / "attach"
 
@@ -124,9 +132,12 @@ def create(name: str, url: str, version: Version, *, read_only: bool = False) ->
 
 
 def remove(name: str, *, force: bool = False) -> None:
-    """Remove a volume. Raises Busy while it is in use; refuses to lose changes unless `force`."""
+    """Remove a volume. Raises Busy while it is in use; refuses to lose changes, or versions that
+    were never pushed, unless `force`.
+    """
     load(name)
-    with locked(name):
+    versions = files.FileLock(folder_of(name) / VERSIONS_LOCK, f"volume {name}")
+    with versions, locked(name):
         found = status(name)
         if found.mounts:
             where = found.mounts[0].target
@@ -138,11 +149,23 @@ def remove(name: str, *, force: bool = False) -> None:
             )
         if found.server is not None:
             raise Busy(f"volume {name} is served by process {found.server.pid}: stop that first")
+        if found.state.stash and not force:
+            raise Busy(
+                f"volume {name} has changes in its stash that exist nowhere else: "
+                f"`horcrux-cli rm --force {name}` drops them"
+            )
         lost = found.survey.written + found.survey.zeroed
         if lost and not force:
             raise Busy(
                 f"volume {name} holds {format_size(lost)} of changes that exist nowhere else: "
                 f"`horcrux-cli rm --force {name}` drops them"
+            )
+        only_here = 0 if force else len(unpushed(name))
+        if only_here:
+            raise Busy(
+                f"volume {name} has {only_here} version{'s' if only_here > 1 else ''} that never "
+                f"went to its repository: `horcrux-cli push {name}` first, or `horcrux-cli rm "
+                f"--force {name}` drops them"
             )
         folder = folder_of(name)
         with states.lock_of(folder, name):
@@ -152,6 +175,17 @@ def remove(name: str, *, force: bool = False) -> None:
         shutil.rmtree(doomed)
         files.sync_folder(folder.parent)
         shutil.rmtree(server.folder_of(name), ignore_errors=True)
+
+
+def unpushed(name: str) -> set[bytes]:
+    """The ids of a volume's commits that exist on this host only. Raises Damaged."""
+    state = load(name)
+    with open_objects(folder_of(name)) as objects:
+        return {
+            oid
+            for line in state.lines
+            for oid, _ in own_commits(objects, bytes.fromhex(line.tip), line.upstream)
+        }
 
 
 # ---- serve, attach, mount

@@ -172,19 +172,31 @@ class Server:
         """Open the volume for good."""
         self._volume = self._open()
         if path := self._values.get("control"):
+            self._volume.warm_index()
             self._control = ControlServer(
                 Path(path),
                 {
                     "figures": lambda _: self.figures(),
+                    "prepare": lambda _: self._prepare(),
                     "freeze": self._freeze,
                     "seal": self._seal,
+                    "abandon": lambda _: self._abandon(),
                 },
             )
         log.info("serving %s (%d bytes)", self._volume.name, self._volume.size)
 
+    def _prepare(self) -> None:
+        assert self._volume is not None
+        self._volume.fresh.make()
+
     def _freeze(self, ask: Mapping[str, Any]) -> None:
         assert self._volume is not None
-        self._volume.freeze(Pending(**ask["pending"]))
+        pending = ask["pending"]
+        self._volume.freeze(Pending(**{**pending, "members": tuple(pending["members"])}))
+
+    def _abandon(self) -> None:
+        assert self._volume is not None
+        self._volume.abandon()
 
     def _seal(self, ask: Mapping[str, Any]) -> None:
         assert self._volume is not None

@@ -148,7 +148,8 @@ class Freezer:
 
     def _close(self) -> None:
         if self._child is not None:
-            assert self._child.stdin is not None and self._child.stdout is not None
+            assert self._child.stdin is not None
+            assert self._child.stdout is not None
             self._child.stdin.close()  # it thaws now, if it has not yet
             self._child.stdout.close()
             # One that is stuck in the kernel thaws when it gets out; nothing can hurry it.

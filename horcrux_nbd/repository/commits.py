@@ -57,6 +57,9 @@ class Commit:
     message: str = ""
     tags: dict[str, str] = field(default_factory=dict)  # free key=value notes, e.g. ticket=4711
     filesystem: str | None = None
+    # What its writer stored for it: "bytes" in "objects", itself left out, and "changed" bytes of
+    # the image. A note for lists; nothing depends on it. Empty where the writer did not say.
+    new: dict[str, int] = field(default_factory=dict)
 
     @property
     def chunks(self) -> int:
@@ -83,6 +86,8 @@ class Commit:
             "time": self.time,
             "version": VERSION,
         }
+        if self.new:
+            value["new"] = self.new
         plain = canonical(value)
         if len(plain) > MAX_COMMIT:
             raise UsageError(f"message and tags are over {format_size(MAX_COMMIT)}: shorten them")
@@ -120,6 +125,7 @@ class Commit:
                 message=text(value["message"]),
                 tags={text(k): text(v) for k, v in value["tags"].items()},
                 filesystem=None if value["filesystem"] is None else text(value["filesystem"]),
+                new={text(k): integer(v) for k, v in value.get("new", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
             raise Damaged(f"a commit object cannot be read ({error!r:.200})") from None

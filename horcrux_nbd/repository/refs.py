@@ -205,7 +205,7 @@ class Refs:
         """
         current = self.head(image, branch)
         if (current.commit if current else None) != expected:
-            raise self._moved(image, branch, current)
+            raise self.moved(image, branch, current)
         number = current.number + 1 if current else 1
         record = BranchRecord(number, commit, author, now(), why, secrets.token_hex(16))
         key = f"{self._branch_prefix(image, branch)}{_TOP - number:020d}"
@@ -218,10 +218,11 @@ class Refs:
             except StoreError:  # not there, or still away: the first error says why
                 raise error from None
             if not won:
-                raise self._moved(image, branch, self.head(image, branch)) from None
+                raise self.moved(image, branch, self.head(image, branch)) from None
         return record
 
-    def _moved(self, image: str, branch: str, record: BranchRecord | None) -> BranchMoved:
+    def moved(self, image: str, branch: str, record: BranchRecord | None) -> BranchMoved:
+        """The error for whoever expected the branch elsewhere."""
         if record is None:
             return BranchMoved(f"there is no branch {branch!r} of {image}: fetch again", record)
         if record.commit is None:

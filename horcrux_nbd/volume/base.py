@@ -49,7 +49,7 @@ class Base:
         self.commit = commit
         self.repository, self._cache, self._local = repository, cache, local
         self._chunk_size = commit.chunk_size
-        self._index = Index(commit.index, commit.levels, self._load_node)
+        self._index = Index(commit.index, commit.levels, self.load_node)
         self._nodes = SingleFlight(self._fetch_node, WAIT_LIMIT)
         self._chunks = SingleFlight(self._fetch_chunk, WAIT_LIMIT)
         self._read_ahead = ReadAhead(commit.chunk_size, commit.chunks)
@@ -91,6 +91,9 @@ class Base:
             if cached.read_into(offset, view):
                 return
             self._cache.drop(oid)
+        # What was committed here is read here, whether the chunk below it can be had or not.
+        if self._local is not None and self._local.patched_into(oid, offset, view):
+            return
         content = self._chunks.get(oid)
         view[:] = memoryview(content)[offset : offset + len(view)]
 
@@ -139,7 +142,8 @@ class Base:
         if kind_of(oid) is Kind.PATCH:
             self._cache.insert(oid, plain, meta=True)
 
-    def _load_node(self, oid: bytes) -> bytes:
+    def load_node(self, oid: bytes) -> bytes:
+        """The plaintext of an index node: from this host, else fetched and kept."""
         node = self._local.node(oid) if self._local is not None else self._cache.read(oid)
         return node if node is not None else self._nodes.get(oid)
 

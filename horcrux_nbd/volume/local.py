@@ -6,20 +6,24 @@ are never evicted.
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..chunkstore import open_store
 from ..chunkstore.base import ChunkStore
-from ..errors import Damaged, KeyNotFound, NotFound
-from ..repository.commits import Commit
+from ..errors import KeyNotFound, NotFound
+from ..repository.commits import MAX_COMMIT, Commit
 from ..repository.index import NODE_SIZE, Index
 from ..repository.objects import NULL_ID, Kind, decode, key_id, kind_of, max_stored, object_key
 from ..repository.patch import BLOCK_BITS, Patch, max_patch_size
 from ..repository.repository import Repository
+from ..units import MiB
 from .cache import Cache
 
 OBJECTS = "objects"
+PATCH_MEMORY = 64 * MiB  # of decoded patches, for reads of what was committed and not pushed
 
 
 def open_objects(folder: Path, *, create: bool = False) -> ChunkStore:
@@ -34,6 +38,9 @@ class LocalObjects:
         self.store = open_objects(folder)
         self._own = Repository(self.store, "", chunk_size)
         self._cache, self._chunk_size = cache, chunk_size
+        self._patches: OrderedDict[bytes, Patch] = OrderedDict()
+        self._patch_blocks = 0
+        self._lock = threading.Lock()
 
     def content(self, oid: bytes) -> bytes | None:
         """The chunk that an index entry names, if all of its parts are here."""
@@ -56,8 +63,41 @@ class LocalObjects:
 
     def patch(self, oid: bytes) -> Patch | None:
         """The patch object `oid`, if it is here."""
+        with self._lock:
+            known = self._patches.get(oid)
+            if known is not None:
+                self._patches.move_to_end(oid)
+                return known
         plain = self.part(oid)
-        return None if plain is None else Patch.decode(plain, self._chunk_size)
+        if plain is None:
+            return None
+        patch = Patch.decode(plain, self._chunk_size)
+        with self._lock:
+            if oid not in self._patches:
+                self._patches[oid] = patch
+                self._patch_blocks += len(patch.blocks)
+                while len(self._patches) > 1 and self._patch_blocks > PATCH_MEMORY >> BLOCK_BITS:
+                    _, old = self._patches.popitem(last=False)
+                    self._patch_blocks -= len(old.blocks)
+        return patch
+
+    def patched_into(self, oid: bytes, offset: int, view: memoryview) -> bool:
+        """Fill `view` from `offset` in the chunk that `oid` names, if the patches that are here
+        have all of it: then nothing below them is needed. False else; `view` means nothing then.
+        """
+        wanted = set(range(offset >> BLOCK_BITS, -(-(offset + len(view)) >> BLOCK_BITS)))
+        while wanted and kind_of(oid) is Kind.PATCH:
+            patch = self.patch(oid)
+            if patch is None:
+                return False
+            for number in wanted & patch.blocks.keys():
+                low = max(offset, number << BLOCK_BITS)
+                high = min(offset + len(view), (number + 1) << BLOCK_BITS)
+                first, stop = low - (number << BLOCK_BITS), high - (number << BLOCK_BITS)
+                view[low - offset : high - offset] = patch.blocks[number][first:stop]
+            wanted -= patch.blocks.keys()
+            oid = patch.chain[0]
+        return not wanted
 
     def part(self, oid: bytes) -> bytes | None:
         """The plaintext of a chunk or patch object, if it is here."""
@@ -73,11 +113,7 @@ class LocalObjects:
         return node if node is not None else self._read(oid, Kind.NODE, NODE_SIZE)
 
     def _read(self, oid: bytes, kind: Kind, bound: int) -> bytes | None:
-        try:
-            data = self.store.get(object_key(oid), 0, max_stored(bound) + 1)
-        except KeyNotFound:
-            return None
-        return decode(data, oid, (kind,), bound, self.store.url)[1]
+        return _read(self.store, oid, kind, bound)
 
     def index(self, commit: Commit, remote: Callable[[bytes], bytes] | None = None) -> Index:
         """The index of a version; a node that is not here comes from `remote`, or is NotFound."""
@@ -106,22 +142,21 @@ class LocalObjects:
         """The store has these now: they move from the volume's own into the cache."""
         for oid in ids:
             kind = kind_of(oid)
-            if kind is not Kind.COMMIT:
-                self._cache.insert(oid, self.own_plain(oid), meta=kind is not Kind.CHUNK)
+            self._cache.insert(oid, self.own_plain(oid), meta=kind is not Kind.CHUNK)
             self.store.delete(object_key(oid))
 
-    def commits(self, tip: bytes) -> Iterator[tuple[bytes, Commit]]:
-        """The commits from `tip` on, first parents, as far as they are the volume's own."""
-        oid: bytes | None = tip
-        while oid is not None:
-            try:
-                commit = self._own.read_commit(oid)
-            except Damaged:
-                if self.store.exists(object_key(oid)):
-                    raise
-                return
-            yield oid, commit
-            oid = commit.parents[0] if commit.parents else None
+    def commit(self, oid: bytes) -> Commit | None:
+        """One of the volume's own commits, or one in the cache; None if it is not here."""
+        plain = self._read(oid, Kind.COMMIT, MAX_COMMIT)
+        if plain is None:
+            plain = self._cache.read(oid)
+        return None if plain is None else Commit.decode(plain)
+
+    def commits(self, tip: bytes, stop: str | None = None) -> Iterator[tuple[bytes, Commit]]:
+        """The commits from `tip` on, first parents, as far as they are the volume's own, and before
+        the one with the id `stop` (hex).
+        """
+        yield from own_commits(self.store, tip, stop)
 
     def close(self) -> None:
         self.store.close()
@@ -130,3 +165,25 @@ class LocalObjects:
 def remote_node(repository: Repository) -> Callable[[bytes], bytes]:
     """A reader of index nodes from a repository, for `LocalObjects.index`."""
     return lambda oid: repository.read_object(oid, (Kind.NODE,))[1]
+
+
+def own_commits(
+    store: ChunkStore, tip: bytes, stop: str | None = None
+) -> Iterator[tuple[bytes, Commit]]:
+    """As `LocalObjects.commits`, of a volume's own objects alone. Raises Damaged."""
+    oid: bytes | None = tip
+    while oid is not None and oid.hex() != stop:
+        plain = _read(store, oid, Kind.COMMIT, MAX_COMMIT)
+        if plain is None:
+            return
+        commit = Commit.decode(plain)
+        yield oid, commit
+        oid = commit.parents[0] if commit.parents else None
+
+
+def _read(store: ChunkStore, oid: bytes, kind: Kind, bound: int) -> bytes | None:
+    try:
+        data = store.get(object_key(oid), 0, max_stored(bound) + 1)
+    except KeyNotFound:
+        return None
+    return decode(data, oid, (kind,), bound, store.url)[1]

@@ -1,4 +1,4 @@
-"""Pack: a frozen layer becomes chunks, patches and an index over the version below it.
+"""Pack: frozen layers become chunks, patches and an index over the version below them.
 
 Nothing here needs the store: what is not on this host is linked to, not read (DESIGN §3). Only a
 changed block is stored: one that was written with the bytes it had is none, where they are here to
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,44 +25,74 @@ from ..repository.patch import (
     Patch,
     chain_over,
 )
-from ..repository.writer import ObjectWriter, any_bytes
+from ..repository.writer import ObjectWriter
 from .blockmap import BASE, DATA, GROUP_BITS
 from .layer import Layer
 from .local import LocalObjects
 
+AT_ONCE = 4096  # chunks that wait for a thread; each waiting one costs a kilobyte
+
 
 @dataclass
 class Packed:
-    """What a layer changes: ascending (chunk, id), and how much. Bytes are of whole blocks."""
+    """What layers change: ascending (chunk, id), and how much. Bytes are of whole blocks."""
 
     changes: list[tuple[int, bytes]]
     changed_bytes: int = 0
     chunks: int = 0
     patches: int = 0
+    bookkeeping: bool = False  # the change in chunk 0 is what a freeze itself makes
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nobody wrote anything since the version below."""
+        return not self.changes or (self.bookkeeping and len(self.changes) == 1)
 
 
-def touched_chunks(layer: Layer, index: Index, chunk_size: int, chunks: int) -> Iterator[int]:
-    """The chunks that the layer may change, ascending. Of a huge zeroed range only those that the
-    version below has anything in.
+def touched_chunks(
+    layers: Sequence[Layer], index: Index, chunk_size: int, chunks: int
+) -> list[int]:
+    """The chunks that the layers may change, ascending. Of a huge zeroed range only those that the
+    version below, or a layer, has anything in.
     """
     group_size = BLOCK_SIZE << GROUP_BITS
     found: set[int] = set()
-    for group in layer.blocks.written_groups():
-        first = group * group_size // chunk_size
-        stop = -(-(group + 1) * group_size // chunk_size)
-        found.update(range(first, min(stop, chunks)))
-    for low, high in layer.blocks.zero_ranges():
-        first, stop = low * group_size // chunk_size, -(-high * group_size // chunk_size)
-        found.update(number for number, _ in index.entries(first, min(stop, chunks)))
-    yield from sorted(found)
+    for layer in layers:
+        for group in layer.blocks.written_groups():
+            first = group * group_size // chunk_size
+            stop = -(-(group + 1) * group_size // chunk_size)
+            found.update(range(first, min(stop, chunks)))
+        for low, high in layer.blocks.zero_ranges():
+            first, stop = low * group_size // chunk_size, -(-high * group_size // chunk_size)
+            found.update(number for number, _ in index.entries(first, min(stop, chunks)))
+    return sorted(found)
+
+
+def written_blocks(layers: Sequence[Layer], commit: Commit, number: int) -> dict[int, bytes]:
+    """The blocks of chunk `number` that the layers have, newest first, by their number in it."""
+    per_chunk = commit.chunk_size >> BLOCK_BITS
+    first = number * per_chunk
+    stop = min(first + per_chunk, -(-commit.size >> BLOCK_BITS))
+    blocks: dict[int, bytes] = {}
+    for layer in reversed(layers):
+        for state, low, high in layer.blocks.runs(first, stop):
+            if state == BASE:
+                continue
+            data = bytearray((high - low) << BLOCK_BITS)
+            if state == DATA:
+                layer.read_into(low << BLOCK_BITS, memoryview(data))
+            for block in range(low, high):
+                at = (block - low) << BLOCK_BITS
+                blocks[block - first] = bytes(data[at : at + BLOCK_SIZE])
+    return blocks
 
 
 class Packer:
-    """Packs one layer over one version."""
+    """Packs layers, the newest first, over one version."""
 
     def __init__(
         self,
-        layer: Layer,
+        layers: Sequence[Layer],
         commit: Commit,
         index: Index,
         local: LocalObjects,
@@ -71,7 +101,7 @@ class Packer:
     ) -> None:
         """`fetch` reads a chunk from the store: for one with as many layers as there can be."""
         self._fetch = fetch
-        self._layer, self._commit, self._index = layer, commit, index
+        self._layers, self._commit, self._index = layers, commit, index
         self._local, self._writer = local, writer
         self._packed = Packed([])
         self._lock = threading.Lock()
@@ -79,61 +109,47 @@ class Packer:
     def pack(self, progress: Progress) -> Packed:
         """Store chunks and patches (not yet durable); what they are."""
         size = self._commit.chunk_size
-        numbers = list(touched_chunks(self._layer, self._index, size, self._commit.chunks))
+        numbers = touched_chunks(self._layers, self._index, size, self._commit.chunks)
         progress.start("commit", len(numbers) * size)
 
         def work(number: int) -> None:
             self._chunk(number)
             progress.advance(size)
 
-        with ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="pack") as pool:
-            for _ in pool.map(work, numbers):
-                pass
+        pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="pack")
+        try:
+            for at in range(0, len(numbers), AT_ONCE):
+                for _ in pool.map(work, numbers[at : at + AT_ONCE]):
+                    pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # on a full disk the rest would fail one by one
         self._packed.changes.sort()
         return self._packed
 
-    def _written(self, number: int) -> dict[int, bytes]:
-        """The blocks of a chunk that the layer has, by their number in the chunk."""
-        per_chunk = self._commit.chunk_size >> BLOCK_BITS
-        first = number * per_chunk
-        stop = min(first + per_chunk, -(-self._commit.size >> BLOCK_BITS))
-        blocks: dict[int, bytes] = {}
-        for state, low, high in self._layer.blocks.runs(first, stop):
-            if state == BASE:
-                continue
-            data = bytearray((high - low) << BLOCK_BITS)
-            if state == DATA:
-                self._layer.read_into(low << BLOCK_BITS, memoryview(data))
-            for block in range(low, high):
-                at = (block - low) << BLOCK_BITS
-                blocks[block - first] = bytes(data[at : at + BLOCK_SIZE])
-        return blocks
-
     def _chunk(self, number: int) -> None:
-        blocks = self._written(number)
+        blocks = written_blocks(self._layers, self._commit, number)
         old = self._index.lookup(number)
         count = min(self._commit.chunk_size, self._commit.size - number * self._commit.chunk_size)
-        covered = len(blocks) == -(-count >> BLOCK_BITS)
         content = self._local.content(old)
         if content is not None:
-            blocks = {
-                n: block
-                for n, block in blocks.items()
-                if content[n << BLOCK_BITS : (n + 1) << BLOCK_BITS] != block
-            }
-        if not blocks:
+            changed = {n: block for n, block in blocks.items() if _block(content, n) != block}
+        else:
+            patched, _ = self._flatten(old, {})
+            changed = {n: block for n, block in blocks.items() if patched.get(n) != block}
+            if len({*blocks, *patched}) >= -(-count >> BLOCK_BITS):  # all of it is known after all
+                content = _assembled({**patched, **blocks}, self._commit.chunk_size)
+        if not changed:
             return
-        if content is None:
-            if covered:
-                content = bytes(self._commit.chunk_size)
-            elif layers_of(old) >= MAX_LAYERS:
-                content = self._fetch(old)
-        new, is_patch = self._store(old, blocks, content)
+        if number == 0 and changed.keys() == {0} and content is not None:
+            self._packed.bookkeeping = only_bookkeeping(content[:BLOCK_SIZE], changed[0])
+        if content is None and layers_of(old) >= MAX_LAYERS and self._local.patch(old) is None:
+            content = self._fetch(old)
+        new, is_patch = self._store(old, changed, content)
         if new == old:
             return
         with self._lock:
             self._packed.changes.append((number, new))
-            self._packed.changed_bytes += len(blocks) * BLOCK_SIZE
+            self._packed.changed_bytes += len(changed) * BLOCK_SIZE
             self._packed.chunks += not is_patch
             self._packed.patches += is_patch
 
@@ -150,9 +166,7 @@ class Packer:
             full = bytearray(content)
             for number, block in blocks.items():
                 full[number << BLOCK_BITS : (number + 1) << BLOCK_BITS] = block
-            if not any_bytes(bytes(full)):
-                return NULL_ID, False
-            return self._writer.write(Kind.CHUNK, bytes(full)), False
+            return self._writer.write(Kind.CHUNK, bytes(full)), False  # NULL_ID for zeros
         return self._writer.write(Kind.PATCH, Patch(chain, below).encode(size)), True
 
     def _flatten(
@@ -169,3 +183,27 @@ class Packer:
             if len(patch.chain) > 1 and self._local.patch(below) is None:
                 return merged, patch.chain
         return merged, chain_over(below)
+
+
+def only_bookkeeping(old: bytes, new: bytes) -> bool:
+    """Whether block 0 differs only in what ext4 writes there with each freeze: the time of the last
+    write, the kilobytes written in all, and the checksum (fs/ext4/ext4.h, struct ext4_super_block).
+    """
+    if any(block[0x438:0x43A] != b"\x53\xef" for block in (old, new)):
+        return False
+    a, b = bytearray(old), bytearray(new)
+    for offset, length in ((0x30, 4), (0x178, 8), (0x274, 1), (0x3FC, 4)):
+        at = 1024 + offset
+        a[at : at + length] = b[at : at + length] = bytes(length)
+    return a == b
+
+
+def _block(content: bytes, number: int) -> bytes:
+    return content[number << BLOCK_BITS : (number + 1) << BLOCK_BITS]
+
+
+def _assembled(blocks: dict[int, bytes], size: int) -> bytes:
+    content = bytearray(size)
+    for number, block in blocks.items():
+        content[number << BLOCK_BITS : (number + 1) << BLOCK_BITS] = block
+    return bytes(content)

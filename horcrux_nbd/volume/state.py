@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,40 @@ class Pending:
     tags: dict[str, str] = field(default_factory=dict)
     allow_empty: bool = False
     group: str = ""  # the volumes that were committed together have this in common
+    members: tuple[str, ...] = ()  # and these are their names
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The branch in the repository as it was when it was looked at last. `at` is when that was."""
+
+    commit: str  # hex
+    author: str
+    time: str
+    why: str
+    behind: int  # versions on it that the volume's line does not have
+    at: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """Commits from `tip` down to `upstream` (hex, left out), which were never pushed."""
+
+    tip: str
+    upstream: str | None
+
+
+@dataclass(frozen=True)
+class Stash:
+    """Changes that were put aside: layers, and all that they only fit together with."""
+
+    layers: tuple[LayerName, ...]
+    base: str  # commit id, hex
+    ref: str
+    upstream: str | None
+    size: int
+    time: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -66,12 +100,39 @@ class VolumeState:
     # Commit (hex) that the branch had when it was last looked at: what a push expects to find.
     upstream: str | None = None
     pending: Pending | None = None
+    seen: Seen | None = None
+    # Branches that were left with commits that were never pushed.
+    heads: dict[str, Line] = field(default_factory=dict)
+    # Such commits that no branch has any more; `reflog --expire` lets them go.
+    kept: tuple[Line, ...] = ()
+    stash: tuple[Stash, ...] = ()  # newest first
     version: int = 1
 
     @property
     def asked(self) -> Version:
         """What the volume was made from, as it was written."""
         return Version(self.image, self.ref)
+
+    @property
+    def all_layers(self) -> tuple[LayerName, ...]:
+        """The layers in use, then those of the stash."""
+        return (*self.layers, *(layer for one in self.stash for layer in one.layers))
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The lines of commits that the volume may come back to; the one that it is on is first."""
+        stashed = (Line(one.base, one.upstream) for one in self.stash)
+        return (Line(self.base, self.upstream), *self.heads.values(), *self.kept, *stashed)
+
+    @property
+    def tips(self) -> set[bytes]:
+        """The newest commit of each of the `lines`: all that they need stays here."""
+        return {bytes.fromhex(line.tip) for line in self.lines}
+
+    def fresh_layer(self) -> LayerName:
+        """The name of a layer that is not there yet."""
+        number = max(layer.number for layer in self.all_layers) + 1
+        return LayerName(number, secrets.token_hex(16))
 
     def save(self, folder: Path) -> None:
         """Replace volume.json, durably."""
@@ -92,14 +153,30 @@ class VolumeState:
         try:
             if value["version"] > 1:
                 raise EnvironmentProblem(f"{folder} was made by a newer release: upgrade this one")
-            layers = tuple(LayerName(**layer) for layer in value["layers"])
-            pending = Pending(**value["pending"]) if value.get("pending") else None
-            state = cls(**{**value, "layers": layers, "pending": pending})
+            layers = _layers(value["layers"])
+            pending = value.get("pending")
+            seen = value.get("seen")
+            stashes = tuple(
+                Stash(**{**stash, "layers": _layers(stash["layers"])})
+                for stash in value.get("stash", ())
+            )
+            parts = {
+                "layers": layers,
+                "pending": pending
+                and Pending(**{**pending, "members": tuple(pending.get("members", ()))}),
+                "seen": seen and Seen(**seen),
+                "heads": {n: Line(**line) for n, line in value.get("heads", {}).items()},
+                "kept": tuple(Line(**line) for line in value.get("kept", ())),
+                "stash": stashes,
+            }
+            state = cls(**{**value, **parts})
             check_name("image", state.image)
             check_chunk_size(state.chunk_size)
             if len(bytes.fromhex(state.base)) != ID_SIZE or not layers or state.size < 0:
                 raise ValueError("base, size or layers")
-            for layer in layers:
+            if any(len(tip) != ID_SIZE for tip in state.tips):
+                raise ValueError("heads, kept or stash")
+            for layer in state.all_layers:
                 if len(bytes.fromhex(layer.id)) != 16 or layer.number < 1:
                     raise ValueError("layers")
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
@@ -109,13 +186,17 @@ class VolumeState:
         return state
 
 
+def _layers(values: Iterable[Mapping[str, Any]]) -> tuple[LayerName, ...]:
+    return tuple(LayerName(**layer) for layer in values)
+
+
 def layer_folder(folder: Path, layer: LayerName) -> Path:
     return folder / OVERLAY / f"{layer.number:06d}"
 
 
 def sweep_layers(folder: Path, state: VolumeState) -> None:
     """Remove layers that a crash left beside those in use. Under the volume's lock."""
-    used = {layer_folder(folder, name) for name in state.layers}
+    used = {layer_folder(folder, name) for name in state.all_layers}
     for path in (folder / OVERLAY).iterdir():
         if path not in used:
             shutil.rmtree(path)
@@ -158,8 +239,10 @@ def create_volume(
         upstream=resolved.id.hex(),
     )
     files.make_folder(folder, 0o700)
+    # As it is stored, not as this release would write it: a later one may have said more in it.
+    plain = repository.read_object(resolved.id, (Kind.COMMIT,))[1]
     with open_objects(folder, create=True) as objects:
-        objects.put(object_key(resolved.id), encode(Kind.COMMIT, commit.encode()))
+        objects.put(object_key(resolved.id), encode(Kind.COMMIT, plain))
         objects.sync()
     Layer.create(layer_folder(folder, layer), bytes.fromhex(layer.id), commit.size).close()
     state.save(folder)

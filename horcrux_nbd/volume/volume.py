@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import secrets
-import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from .. import files, paths
 from ..chunkstore import open_store
-from ..errors import Busy, UsageError
+from ..errors import UsageError
 from ..repository.commits import Commit
 from ..repository.repository import Repository, Resolved
+from . import sealing
 from . import state as states
 from .base import Base
 from .cache import Cache
 from .layer import BLOCK_SIZE, Layer
 from .local import LocalObjects
 from .overlay import Overlay
-from .state import LayerName, Pending, VolumeState
+from .state import Pending, VolumeState
+from .warm import IndexWarmer
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,9 @@ class Volume:
     ) -> None:
         self.name = name
         self.folder = folder
-        self._versions = threading.Lock()  # one freeze or seal at a time
+        self.versions = threading.Lock()  # one freeze or seal at a time
+        self.fresh = sealing.Fresh(self)
+        self._warmer: IndexWarmer | None = None
         self.size = base.commit.size
         self.base = base
         self.overlay = overlay
@@ -73,12 +74,12 @@ class Volume:
         state = VolumeState.load(folder)
         lock = states.lock_of(folder, name).acquire()
         resources: list[Closable] = [Closable(lock.release)]
+        layers: list[Layer] = []
         try:
             state = VolumeState.load(folder)  # again: it may have changed before we had the lock
             read_only = read_only or state.read_only
             commit = states.base_commit(folder, state)
             states.sweep_layers(folder, state)
-            layers: list[Layer] = []
             for layer_name in state.layers:
                 layer = Layer(
                     states.layer_folder(folder, layer_name),
@@ -87,7 +88,6 @@ class Volume:
                 )
                 frozen = bool(layers) or read_only
                 layers.append(layer.open(read_only=frozen))
-                resources.append(Closable(layer.close))
             cache_ = _open_cache(cache, cache_size, resources)
             local = LocalObjects(folder, cache_, state.chunk_size)
             resources.append(Closable(local.close))
@@ -97,6 +97,8 @@ class Volume:
             base = Base(repository, commit, cache_, local)
             return cls(name, base, Overlay(layers, base), resources, folder)
         except BaseException:
+            for layer in layers:
+                layer.close()
             _close(resources)
             raise
 
@@ -185,51 +187,21 @@ class Volume:
     # ---- versions
 
     def freeze(self, pending: Pending) -> VolumeState:
-        """Begin a commit: what was written so far is frozen as it is now, durably; writes go on in
-        a fresh layer. Holds writers up for a few syncs of the disk. Raises Busy if one is begun.
-        """
-        overlay, folder = self._writable(), self.folder
-        assert folder is not None
-        with self._versions:
-            state = VolumeState.load(folder)
-            if state.pending is not None:
-                raise Busy(f"a commit of {self.name} is begun and not finished: finish it first")
-            name = LayerName(state.layers[0].number + 1, secrets.token_hex(16))
-            path = states.layer_folder(folder, name)
-            shutil.rmtree(path, ignore_errors=True)  # of a freeze that broke off here
-            fresh = Layer.create(path, bytes.fromhex(name.id), self.size)
-            overlay.flush()  # most of it, before anybody has to wait
-            with overlay.paused():
-                overlay.flush()
-                state = replace(state, layers=(name, *state.layers), pending=pending)
-                state.save(folder)
-                overlay.push(fresh)
-            self._resources.append(Closable(fresh.close))
-            return state
+        """Begin a commit (sealing.py)."""
+        return sealing.freeze(self, pending)
 
     def seal(self, commit_id: bytes) -> VolumeState:
-        """End a commit: the frozen layer is in the commit `commit_id` now, whose objects are the
-        volume's own; the volume lies on it from here on. The content does not change.
-        """
-        overlay, folder = self._writable(), self.folder
-        assert folder is not None
-        with self._versions:
-            state = VolumeState.load(folder)
-            if state.pending is None or len(state.layers) != 2:
-                raise UsageError(f"no commit of {self.name} is begun")
-            sealed = state.layers[1]
-            state = replace(state, base=commit_id.hex(), layers=state.layers[:1], pending=None)
-            commit = states.base_commit(folder, state)
-            base = self.base.successor(commit)
-            state.save(folder)
-            old, frozen = self.base, overlay.layers[1]
-            overlay.replace(overlay.layers[:1], base)
-            self.base = base
-            # Reads that are under way still use both; their files close with the last of them.
-            old.close(wait=False)
-            frozen.retire()
-            shutil.rmtree(states.layer_folder(folder, sealed), ignore_errors=True)
-            return state
+        """End a commit: the volume lies on it now (sealing.py)."""
+        return sealing.seal(self, commit_id)
+
+    def abandon(self) -> VolumeState:
+        """Forget that a commit was begun (sealing.py)."""
+        return sealing.abandon(self)
+
+    def warm_index(self) -> None:
+        """Bring the index to this host in the background: a commit needs it, store away or not."""
+        if self._warmer is None and not self.read_only:
+            self._warmer = IndexWarmer(self.base)
 
     def _writable(self) -> Overlay:
         if self.overlay is None or self.read_only:
@@ -241,7 +213,12 @@ class Volume:
         try:
             self.flush()
         finally:
+            if self._warmer is not None:
+                self._warmer.stop()
             self.base.close()
+            self.fresh.drop()
+            for layer in self.overlay.layers if self.overlay is not None else ():
+                layer.close()
             _close(self._resources)
 
 

@@ -1,0 +1,214 @@
+"""Push: bring a volume's commits to its repository and move a branch to them.
+
+What is missing there is sent in the order of writing (docs/format.md); the branch moves last, by an
+exclusive create, so of any number of pushes at once one wins and the others learn who did. Broken
+off at any moment, the next push sends only what is still missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import Damaged, NotFound, UsageError
+from ..names import check_name, is_name
+from ..progress import Progress
+from ..repository.commits import Commit
+from ..repository.objects import Kind, kind_of
+from ..repository.refs import BranchMoved, BranchRecord
+from ..repository.repository import Repository, check_exclusive_create
+from ..repository.writer import ObjectWriter
+from ..volume.local import LocalObjects
+from ..volume.state import VolumeState
+from ..volume.volume import STORE_LIMIT
+from . import reflog
+from .commit import settled
+from .reach import reach, sweep
+from .session import Session
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did; sizes as stored. `record` is None where there was nothing to push."""
+
+    branch: str
+    tip: bytes
+    commits: int
+    objects: int
+    bytes: int
+    known_objects: int
+    record: BranchRecord | None
+
+
+class Diverged(BranchMoved):
+    """The branch has versions that the volume's line does not have, or the other way round."""
+
+
+def push(
+    name: str,
+    *,
+    branch: str | None = None,
+    force: bool = False,
+    author: str,
+    limit: float = STORE_LIMIT,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Bring a volume's commits to its repository and move `branch` (its own by default) to them.
+
+    A `branch` of another name must be a new one; the volume follows it from then on. `force` moves
+    the branch back as well, after a `reset`; it still has to be where this volume saw it last.
+    Raises BranchMoved, which says who moved it and when, and nothing has changed then; UsageError,
+    StoreError after `limit` seconds without a store.
+    """
+    progress = progress or Progress()
+    if branch is not None:
+        check_name("branch", branch)
+    with Session(name, limit) as session:
+        if session.state.pending is not None:
+            with settled(session, progress):
+                pass
+        return _push(session, branch, force, author, progress)
+
+
+def _push(
+    session: Session, branch: str | None, force: bool, author: str, progress: Progress
+) -> Pushed:
+    repository = session.repository
+    state, tip = session.state, session.base
+    commits = session.own_commits()
+    target = _target(session.name, state, branch)
+    record = repository.refs.head(state.image, target)
+    if not commits and branch is None and not force:
+        return Pushed(target, tip, 0, 0, 0, 0, None)
+    expected = _expected(session, target, record, commits, force)
+    if expected == tip:  # also after a push that was broken off when the branch had moved
+        _moved(session, target, tip)
+        return Pushed(target, tip, 0, 0, 0, 0, None)
+    check_exclusive_create(repository.store)
+    needed = reach(session.local, commits)
+    ids = needed.all()
+    below = commits[-1][1].parents[0] if commits else tip
+    with ObjectWriter(repository, expected=len(ids)) as writer:
+        _rely_on(repository, writer, session, below)
+        _send(session.local, needed.steps(), writer, progress)
+        writer.confirm()
+        why = commits[0][1].message if commits else f"branch {target}"
+        moved = repository.refs.move(
+            state.image, target, tip, expected, author=author, why=f"push: {why}"[:200]
+        )
+        written = writer.written
+    _moved(session, target, tip)
+    return Pushed(
+        target,
+        tip,
+        len(commits),
+        written.objects,
+        written.bytes,
+        max(0, len(ids) - written.objects),
+        moved,
+    )
+
+
+def _target(name: str, state: VolumeState, branch: str | None) -> str:
+    if branch is not None:
+        return branch
+    if not is_name(state.ref) or state.ref == state.upstream:
+        raise _no_branch(name, state)
+    return state.ref
+
+
+def _no_branch(name: str, state: VolumeState) -> UsageError:
+    shown = state.ref[:12] if state.ref == state.upstream else state.ref
+    return UsageError(
+        f"volume {name} is on {state.image}@{shown}, which is no branch: say where to push with "
+        f"`horcrux-cli push {name} --branch NAME`"
+    )
+
+
+def _expected(
+    session: Session,
+    target: str,
+    record: BranchRecord | None,
+    commits: Sequence[tuple[bytes, Commit]],
+    force: bool,
+) -> bytes | None:
+    """The commit that the branch has to point to for the push to be right; None: there is none."""
+    state = session.state
+    head = record.commit if record else None
+    if head in {oid for oid, _ in commits} | {session.base}:
+        return head  # an earlier push of ours, of which we did not hear
+    if target != state.ref:
+        if head is not None:
+            raise UsageError(
+                f"branch {target!r} of {state.image} exists already: choose a new name, or "
+                f"`horcrux-cli checkout` it first"
+            )
+        return None
+    if record is None:
+        raise _no_branch(session.name, state)
+    if head is not None and (force or not commits) and head.hex() in _looked_at(state):
+        return head
+    if head is None or head.hex() not in _looked_at(state):
+        raise session.repository.refs.moved(state.image, target, record)
+    if head.hex() != state.upstream or commits[-1][1].parents[:1] != (head,):
+        raise Diverged(
+            f"{head.hex()[:12]} on branch {target!r} of {state.image} is not below the versions "
+            f"of volume {session.name}: push them to a new branch with --branch NAME, or give up "
+            "what the branch has with --force",
+            record,
+        )
+    return head
+
+
+def _looked_at(state: VolumeState) -> set[str | None]:
+    """Where the branch was when this volume saw it."""
+    return {state.upstream, state.seen.commit if state.seen else None}
+
+
+def _rely_on(repository: Repository, writer: ObjectWriter, session: Session, below: bytes) -> None:
+    """The version below ours has to be there, and to stay until the branch has moved.
+
+    Where its commit is, all below it is: removal takes commits first. The writer looks at it again
+    in `confirm`.
+    """
+    try:
+        plain = repository.read_object(below, (Kind.COMMIT,))[1]
+    except Damaged as error:
+        raise NotFound(
+            f"the versions of volume {session.name} lie on {below.hex()[:12]}, which is not sound "
+            f"in its repository any more ({error}): they cannot be pushed there"
+        ) from None
+    writer.write(Kind.COMMIT, plain, below)
+
+
+def _send(
+    local: LocalObjects, steps: Sequence[Sequence[bytes]], writer: ObjectWriter, progress: Progress
+) -> None:
+    sizes = local.sizes()
+    progress.start("push", sum(sizes[oid] for step in steps for oid in step))
+    for step in steps:
+        for oid in step:
+            kind = kind_of(oid)
+            if kind is None or oid not in sizes:
+                raise Damaged(f"object {oid.hex()} of this volume is missing: restore its folder")
+            writer.submit_from(
+                kind,
+                max(sizes[oid], 1),
+                lambda oid=oid: local.own_plain(oid),  # type: ignore[misc]
+                lambda oid: progress.advance(sizes[oid]),
+            )
+        writer.barrier()  # nobody may find an object before all that it names
+
+
+def _moved(session: Session, target: str, tip: bytes) -> None:
+    """The branch has our commits. What follows is tidying up, and may be broken off anywhere."""
+    before = session.state
+    sent = reach(session.local, session.own_commits()).all()
+    if (before.ref, before.upstream) != (target, tip.hex()):
+        heads = {name: line for name, line in before.heads.items() if name != target}
+        session.save(ref=target, upstream=tip.hex(), heads=heads, seen=None)
+        reflog.append(session.folder, "push", before.base, before.base, f"to {target}")
+    # All but the commit that the volume lies on: it is opened with the store away.
+    session.local.release(sent - {tip})
+    if session.state.pending is None:
+        sweep(session.local, session.state)
