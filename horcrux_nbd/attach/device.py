@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import files
 from ..errors import Busy, EnvironmentProblem, HorcruxError, NotFound
-from . import busy, choose, mount
+from . import busy, choose, mount, mountinfo
 from .base import CONNECTIONS, DEAD_TIMEOUT, RECORD, REQUEST_TIMEOUT, Attachment, Request, Status
 from .processes import ProgramFailed, TimedOut, run
 from .sockets import listener
@@ -78,13 +78,16 @@ def detach(attachment: Attachment, *, timeout: float = TIMEOUT, force: bool = Fa
     Its file systems have to be unmounted before. Raises Busy, which names who uses the device,
     TimedOut if a step takes longer than `timeout` seconds (the server does not answer), and
     HorcruxError if the last writes were refused; it stays attached then. `force` goes through
-    nevertheless, as `clean_up` does. One line about each thing that was taken away.
+    nevertheless, as `clean_up` does, after an attempt to write out what is dirty. One line about
+    each thing that was taken away.
     """
     state = Path(attachment.state)
     current = Attachment.load(state)
     if current is not None and current != attachment:
         raise Busy(f"{attachment.name} was attached anew as {current.device}: detach that one")
     if current is None or force:
+        if current is not None and status(attachment).alive:
+            _save(attachment, timeout)
         return clean_up(state, timeout=timeout)
     device = attachment.device
     try:
@@ -104,6 +107,16 @@ def detach(attachment: Attachment, *, timeout: float = TIMEOUT, force: bool = Fa
         ) from error
     _remove(state)
     return removed
+
+
+def _save(attachment: Attachment, timeout: float) -> None:
+    """Give a server that seems well what was written, as far as it takes it."""
+    folders = [found.target for found in mountinfo.mounts_of(attachment.device)]
+    for words in (*(["--file-system", folder] for folder in folders[:1]), [attachment.device]):
+        try:
+            run(["sync", *words], timeout)
+        except (ProgramFailed, TimedOut):
+            return  # it is taken away from its users, not saved: that was asked for
 
 
 def status(attachment: Attachment) -> Status:

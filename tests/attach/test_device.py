@@ -124,6 +124,22 @@ def test_a_dead_server_refuses_the_last_writes_in_one_line(server: Server, state
         device.detach(attachment, timeout=10)
 
 
+def test_force_writes_out_first_what_a_living_server_takes(
+    attached: Attachment, server: Server, target: Path
+) -> None:
+    mount.mount(attached.device, target)
+    child = subprocess.Popen(["sleep", "60"], cwd=target)
+    try:
+        (target / "file").write_text("not synced by anybody")
+        device.detach(attached, force=True)
+    finally:
+        child.kill()
+        child.wait()
+    command = ["debugfs", "-R", "cat file", str(server.image)]
+    said = subprocess.run(command, check=True, capture_output=True).stdout
+    assert said == b"not synced by anybody"
+
+
 def test_force_says_what_ends_later(attached: Attachment, target: Path, state: Path) -> None:
     mount.mount(attached.device, target)
     child = subprocess.Popen(["sleep", "60"], cwd=target)

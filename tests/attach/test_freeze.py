@@ -1,18 +1,33 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from horcrux_nbd.attach import freeze, mount
 from horcrux_nbd.attach.base import Attachment
-from horcrux_nbd.attach.processes import ProgramFailed
+from horcrux_nbd.attach.freeze import Freezer
+from horcrux_nbd.errors import HorcruxError
 
 from .conftest import Server, needs_fuse
 
 pytestmark = needs_fuse
+
+
+def write_in_child(path: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", f"open({str(path)!r}, 'w').write('y')"])
+
+
+def holds(image: Path, name: str, size: int) -> bool:
+    """Whether the file system in `image`, read past the kernel's cache, has the file."""
+    command = ["debugfs", "-R", f"stat {name}", str(image)]
+    said = subprocess.run(command, check=True, capture_output=True).stdout
+    return f"Size: {size}".encode() in said
 
 
 def test_frozen_means_written_out_and_still(
@@ -20,37 +35,83 @@ def test_frozen_means_written_out_and_still(
 ) -> None:
     mount.mount(attached.device, target)
     (target / "before").write_text("x" * 10000)
-    code = f"open({str(target / 'during')!r}, 'w').write('y')"
-    with freeze.frozen(target):
+    with Freezer([target]) as freezer:
+        freezer.freeze()
         # The image is whole now: a read-only check finds nothing to mend, and the file is in it.
         subprocess.run(["e2fsck", "-fn", str(server.image)], check=True, capture_output=True)
-        said = subprocess.run(
-            ["debugfs", "-R", "stat before", str(server.image)], check=True, capture_output=True
-        )
-        assert b"Size: 10000" in said.stdout
-        writer = subprocess.Popen([sys.executable, "-c", code])
+        assert holds(server.image, "before", 10000)
+        writer = write_in_child(target / "during")
         with pytest.raises(subprocess.TimeoutExpired):
             writer.wait(0.5)
-    assert writer.wait(10) == 0
+        freezer.thaw()
+        assert writer.wait(10) == 0
     assert (target / "during").read_text() == "y"
-    assert not freeze.thaw(target)  # it is thawed already
     mount.unmount(target)
 
 
 def test_it_is_thawed_when_something_fails_inside(attached: Attachment, target: Path) -> None:
     mount.mount(attached.device, target)
-    with pytest.raises(RuntimeError), freeze.frozen(target):
-        raise RuntimeError
-    (target / "after").write_text("works")
+
+    def fail() -> None:
+        with Freezer([target]) as freezer:
+            freezer.freeze()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert write_in_child(target / "after").wait(10) == 0
     mount.unmount(target)
 
 
-def test_what_a_killed_program_left_frozen_can_be_thawed(
-    attached: Attachment, target: Path
-) -> None:
+def test_it_is_thawed_when_we_are_killed(attached: Attachment, target: Path) -> None:
     mount.mount(attached.device, target)
-    subprocess.run(["fsfreeze", "--freeze", str(target)], check=True)
-    with pytest.raises(ProgramFailed, match="busy"), freeze.frozen(target):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from horcrux_nbd.attach.freeze import Freezer\n"
+        "with Freezer([Path(sys.argv[1])]) as freezer:\n"
+        "    freezer.freeze(); print(1, flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+    assert holder.stdout
+    assert holder.stdout.readline() == b"1\n"
+    writer = write_in_child(target / "file")
+    with pytest.raises(subprocess.TimeoutExpired):
+        writer.wait(0.5)
+    os.kill(holder.pid, signal.SIGKILL)
+    assert writer.wait(10) == 0
+    holder.communicate()
+    mount.unmount(target)
+
+
+def test_it_does_not_last_longer_than_it_may(
+    attached: Attachment, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freeze, "LONGEST", 1)
+    mount.mount(attached.device, target)
+    with Freezer([target]) as freezer:
+        freezer.freeze()
+        began = time.monotonic()
+        assert write_in_child(target / "file").wait(10) == 0
+        assert time.monotonic() - began < 5
+        with pytest.raises(HorcruxError, match="let go on"):
+            freezer.thaw()
+    mount.unmount(target)
+
+
+def test_what_cannot_be_frozen_is_named(tmp_path: Path) -> None:
+    with Freezer([]) as freezer:  # a volume that is not mounted
+        freezer.freeze()
+        freezer.thaw()
+    with pytest.raises(HorcruxError, match="cannot freeze"), Freezer([tmp_path / "none"]):
         pass
-    assert freeze.thaw(target)
+
+
+def test_write_out_reaches_the_server(attached: Attachment, server: Server, target: Path) -> None:
+    mount.mount(attached.device, target)
+    content = os.urandom(5000)
+    (target / "file").write_bytes(content)
+    flushes = len(server.requests("Flush"))
+    freeze.write_out(target)
+    assert content in server.image.read_bytes()
+    assert len(server.requests("Flush")) > flushes
     mount.unmount(target)
