@@ -78,8 +78,8 @@ def fill(
 ) -> tuple[list[Piece], list[tuple[Entry, Place]]]:
     """Put `tree` into the empty `filesystem`, whose image is open as `fd`.
 
-    Returns the pieces, ascending, and where everything lies. Raises OutOfSpace if it is too
-    small, UsageError for a file that ext4 cannot hold.
+    It has inodes enough for it. Returns the pieces, ascending, and where everything lies. Raises
+    OutOfSpace if it has too few blocks, UsageError for a file that ext4 cannot hold.
     """
     return _Filler(filesystem, fd, tree, previous).run()
 
@@ -160,11 +160,6 @@ class _Filler:
                 self._numbers[node.entry] = number
                 number += 1
             node.number = self._numbers[node.entry]
-        if number - 1 > self._fs.inodes:
-            raise UsageError(
-                f"there are {len(self._nodes)} files, but an image of this size has "
-                f"{self._fs.inodes} inodes: choose a larger size"
-            )
 
     def _write_inode(self, node: _Node) -> None:
         entry = node.entry

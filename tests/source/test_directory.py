@@ -18,6 +18,7 @@ from horcrux_nbd.errors import NoSpace, UsageError
 from horcrux_nbd.progress import Progress
 from horcrux_nbd.source import Source, empty_filesystem, open_source
 from horcrux_nbd.source.directory import Ext4Source
+from horcrux_nbd.source.ext4_read import Ext4Image
 from horcrux_nbd.source.tools import find_tool, run_tool
 from horcrux_nbd.source.tree import Tree
 from horcrux_nbd.units import GiB, MiB
@@ -122,6 +123,20 @@ def test_outside_the_extents_all_is_zero(image: Path, tree: Path) -> None:
             at = offset + length
 
 
+def test_nothing_of_mke2fs_shows_in_files(tmp_path: Path) -> None:
+    """lost+found's blocks are given to files; what lay in them must not come with them."""
+    root = tmp_path / "tree"
+    root.mkdir()
+    with open(root / "file", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, MiB)
+    with open_source(root) as source:
+        image = Ext4Image(source.read)
+        extents = image.extents(dict(image.walk())[b"file"])
+        assert sum(count for _, _, count in extents) == 256
+        for _, block, count in extents:
+            assert source.read(block * 4096, count * 4096).count(0) == count * 4096
+
+
 @needs_root
 @pytest.mark.timeout(180)
 def test_directory_of_100000_names(tmp_path: Path) -> None:
@@ -189,7 +204,8 @@ def test_too_small_says_what_it_takes(tmp_path: Path, size: int) -> None:
     root.mkdir()
     for number in range(700):
         (root / f"{number}").write_bytes(os.urandom(20))
-    (root / "large").write_bytes(bytes(250 * MiB))
+    with open(root / "large", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 250 * MiB)
     with pytest.raises(UsageError, match="too small") as error:
         open_source(root, size=size)
     least = int(str(error.value).split("(")[-1].split(" bytes")[0])
@@ -322,6 +338,17 @@ def test_replaced_by_a_link_is_not_followed(tmp_path: Path) -> None:
         content = b"".join(source.read(*extent) for extent in source.extents())
         assert b"secret" not in content
         assert len(source.problems()) >= 2
+
+
+def test_replaced_by_a_fifo_does_not_hang(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    root.mkdir()
+    (root / "file").write_bytes(b"x" * 10_000)
+    with open_source(root) as source:
+        (root / "file").unlink()
+        os.mkfifo(root / "file")
+        read_all(source)
+        assert [line.partition(":")[0] for line in source.problems()] == ["file", "."]
 
 
 # ---- what ext4 cannot hold ----------------------------------------------------------------------

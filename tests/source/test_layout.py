@@ -137,6 +137,28 @@ def test_many_nights(growing: Path, tmp_path: Path) -> None:
                     assert describe(growing) == describe(point)
 
 
+def test_new_files_lie_together(growing: Path) -> None:
+    """Not in the holes of those that went, where each would change a chunk of old files."""
+    with open_source(growing, label="x") as first:
+        assert isinstance(first, Ext4Source)
+        layout = first.layout
+    for folder in range(30):
+        (growing / f"folder {folder}/file 3").unlink()
+        (growing / f"folder {folder}/new").write_bytes(b"x" * 4096)
+    with open_source(growing, label="x", previous=layout) as second:
+        assert isinstance(second, Ext4Source)
+        new = [
+            place.extents[0][1]
+            for path, place in second.layout.places.items()
+            if path.endswith(b"/new")
+        ]
+        behind = max(
+            block + count for place in layout.places.values() for _, block, count in place.extents
+        )
+    assert sorted(new) == list(range(min(new), min(new) + 30))
+    assert min(new) >= behind
+
+
 def test_outgrown(tmp_path: Path) -> None:
     """A tree that no longer fits gets a new file system instead of an error."""
     root = tmp_path / "tree"

@@ -219,10 +219,13 @@ def mounted(image: Path, point: Path, filesystem: str) -> Iterator[Path]:
     """`image` mounted at `point`, read-only, by the kernel. As root only."""
     point.mkdir()
     options = "loop,ro" + (",nouuid" if filesystem == "xfs" else "")
-    result = run_tool(["mount", "-t", filesystem, "-o", options, str(image), str(point)])
-    assert result.returncode == 0, result.stderr
     try:
+        result = run_tool(
+            ["mount", "-t", filesystem, "-o", options, str(image), str(point)], timeout=60
+        )
+        assert result.returncode == 0, result.stderr
         yield point
     finally:
-        result = run_tool(["umount", str(point)])
-        assert result.returncode == 0, result.stderr
+        if os.path.ismount(point):  # also after a mount that was interrupted
+            result = run_tool(["umount", str(point)], timeout=60)
+            assert result.returncode == 0, result.stderr
