@@ -15,12 +15,15 @@ from ..repository.repository import Repository
 from .cache import Cache
 from .fetch import Background, SingleFlight
 from .local import LocalObjects
+from .overlay import fill_zeros
 from .readahead import ReadAhead
 
 log = logging.getLogger(__name__)
 
-# A waiter gives up after this; the store's own limit (60 s) ends the fetch before that.
-WAIT_LIMIT = 75.0
+# A waiter gives up after this many times the store's own limit, which ends the fetch before that:
+# 75 s, below the 90 s after which the kernel's NBD client gives up on a request.
+WAIT_FACTOR = 1.25
+DEFAULT_LIMIT = 60.0  # seconds, for a store that has none
 # A damaged object is fetched this often in all before a read fails: the store may have healed.
 ATTEMPTS = 2
 
@@ -50,8 +53,9 @@ class Base:
         self.repository, self._cache, self._local = repository, cache, local
         self._chunk_size = commit.chunk_size
         self._index = Index(commit.index, commit.levels, self.load_node)
-        self._nodes = SingleFlight(self._fetch_node, WAIT_LIMIT)
-        self._chunks = SingleFlight(self._fetch_chunk, WAIT_LIMIT)
+        limit = WAIT_FACTOR * (repository.store.timeout or DEFAULT_LIMIT)
+        self._nodes = SingleFlight(self._fetch_node, limit)
+        self._chunks = SingleFlight(self._fetch_chunk, limit)
         self._read_ahead = ReadAhead(commit.chunk_size, commit.chunks)
         self._figures_lock = threading.Lock()
         self.figures = figures or Figures()
@@ -71,7 +75,7 @@ class Base:
         first, last = offset // size, (offset + len(view) - 1) // size
         ahead = self._read_ahead.observe(first, last)
         if ahead:
-            self._background.wish(ahead)
+            self._background.wish(n for n in ahead if not self._present(n))
         if first == last:
             self._read_chunk(first, offset - first * size, view)
             return
@@ -84,7 +88,7 @@ class Base:
     def _read_chunk(self, number: int, offset: int, view: memoryview) -> None:
         oid = self._index.lookup(number) if number < self.commit.chunks else NULL_ID
         if oid == NULL_ID:
-            view[:] = bytes(len(view))
+            fill_zeros(view)
             return
         cached = self._cache.open(oid)
         if cached is not None:
@@ -157,12 +161,11 @@ class Base:
             try:
                 return fetch()
             except Damaged as error:
-                log.error("%s (attempt %d of %d)", error, attempt, ATTEMPTS)
                 if attempt == ATTEMPTS:
                     self._count_error()
                     raise
-            except BaseException as error:
-                log.error("cannot fetch: %s", error)
+                log.warning("%s: it is fetched again", error)
+            except BaseException:
                 self._count_error()
                 raise
         raise AssertionError("unreachable")

@@ -3,7 +3,7 @@
 ```
 <cache>/chunks/ab/abcdef…    plaintext of what an index entry names (patches applied), + trailer
 <cache>/meta/ab/abcdef…      index nodes and commits, + trailer
-<cache>/usage                bytes in all, 8 bytes; locked while it changes or things are evicted
+<cache>/usage                bytes in all; locked while it changes or things are evicted
 ```
 
 Several processes use one cache. A file is published whole; its trailer carries an XXH3 of the
@@ -14,9 +14,11 @@ synced) is deleted and fetched again. It never holds the only copy of anything.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import re
 import struct
 import threading
 import time
@@ -28,14 +30,14 @@ from pathlib import Path
 import xxhash
 
 from .. import files
-from ..errors import HorcruxError
+from ..errors import HorcruxError, NoSpace
 from ..units import GiB
 
 log = logging.getLogger(__name__)
 
 TRAILER = struct.Struct("<4sIQ16s")  # magic, 0, length of the content, XXH3-128 of content + id
 TRAILER_MAGIC = b"HRCC"
-USAGE = struct.Struct("<Q")
+USAGE = struct.Struct("<Q16s")  # bytes in all, as counted since the boot with this id
 CHUNKS, META = "chunks", "meta"
 
 MAX_DEFAULT = 50 * GiB
@@ -44,6 +46,13 @@ DEFAULT_PART = 5  # of the file system's size: a fifth, if that is less
 KEEP_AFTER_EVICTION = 0.9
 # A use is noted in the file's mtime when it is older than this (seconds): it orders evictions.
 TOUCH_AFTER = 600.0
+# Beyond the limit by this part, who inserts waits for the eviction; below, the keeper evicts.
+SLACK = 0.05
+# How often uses are noted, and what others evicted is let go of, seconds.
+KEEP_EVERY = 30.0
+# Between two looks at a full disk, and two lines about it, seconds.
+FULL_EVERY = 10.0
+_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -60,18 +69,28 @@ class Entry:
 class CachedFile:
     """An open, verified cache file. It stays readable when evicted, and closes when let go."""
 
+    __slots__ = ("fd", "length", "touched", "used")
+
     def __init__(self, fd: int, length: int) -> None:
         self.fd, self.length = fd, length
+        self.used = False  # since it was touched
+        self.touched = time.monotonic()
 
     def read_into(self, offset: int, view: memoryview) -> bool:
-        """Fill `view` from `offset`; False if the file has become shorter than it was."""
-        got = 0
-        while got < len(view):
-            count = os.preadv(self.fd, [view[got:]], offset + got)
-            if count == 0:
-                return False
-            got += count
-        return True
+        """Fill `view` from `offset`; False if it cannot be read any more, or is shorter."""
+        if offset + len(view) > self.length:
+            return False
+        try:
+            got = os.preadv(self.fd, [view], offset)
+            while 0 < got < len(view):
+                count = os.preadv(self.fd, [view[got:]], offset + got)
+                if count == 0:
+                    return False
+                got += count
+        except OSError as error:
+            log.warning("a cached chunk cannot be read: %s", error)
+            return False
+        return got == len(view)
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
@@ -79,7 +98,11 @@ class CachedFile:
 
 
 class Cache:
-    """A bounded cache in `folder`. Any number of threads and processes may use it at once."""
+    """A bounded cache in `folder`. Any number of threads and processes may use it at once.
+
+    **Invariant:** a file is verified between the moment it is opened and the first byte read of it
+    through `_open`; names are never trusted, and nothing but `insert` and `open` adds to `_open`.
+    """
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
         """`limit` bytes in all; by default a fifth of the file system, at most 50 GiB."""
@@ -90,13 +113,16 @@ class Cache:
             stat = os.statvfs(folder)
             limit = min(MAX_DEFAULT, stat.f_blocks * stat.f_frsize // DEFAULT_PART)
         self.limit = limit
-        soft, hard = _raise_file_limit()
-        del hard
-        self._max_open = max(16, soft // 4)
+        self._max_open = max(16, _raise_file_limit() // 4)
         self._open: OrderedDict[bytes, CachedFile] = OrderedDict()
         self._lock = threading.Lock()
         self._unaccounted = 0
         self._evicting = threading.Lock()
+        self._boot = _boot_id()
+        self._keeper: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._closed = self._wants_trim = self._disk_full = False
+        self._told_full = -FULL_EVERY
         self.hits = self.misses = self.damaged = 0
 
     def _path(self, area: str, oid: bytes) -> Path:
@@ -109,6 +135,7 @@ class Cache:
         """The chunk `oid` as an open file, verified, or None if it is not here."""
         found = self._open.get(oid)
         if found is not None:
+            found.used = True
             return found
         path = self._path(CHUNKS, oid)
         checked = self._check(path, oid)
@@ -130,9 +157,14 @@ class Cache:
         # What is evicted while open keeps its room, so few are kept open of a small cache.
         most = max(2, min(self._max_open, self.limit // 4 // max(file.length, 1)))
         with self._lock:
+            if self._closed:
+                return
             self._open[oid] = file
             while len(self._open) > most:
                 self._open.popitem(last=False)
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep, name="cache", daemon=True)
+                self._keeper.start()
 
     def read(self, oid: bytes) -> bytes | None:
         """The node or commit `oid`, verified, or None if it is not here."""
@@ -149,7 +181,9 @@ class Cache:
     def _check(self, path: Path, oid: bytes) -> tuple[int, bytes] | None:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # too many open files, a folder of somebody else
+                log.warning("cannot open cache file %s: %s", path, error.strerror)
             self.misses += 1
             return None
         try:
@@ -159,12 +193,12 @@ class Cache:
             if data[-TRAILER.size :] != _trailer(content, oid):
                 raise ValueError("trailer")
             if time.time() - stat.st_mtime > TOUCH_AFTER:
-                os.utime(fd)
+                _touch(fd)
         except (OSError, ValueError) as error:
             os.close(fd)
             self.damaged += 1
             log.warning("cache file %s is damaged (%s): it is fetched again", path, error)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
             return None
         self.hits += 1
@@ -180,19 +214,32 @@ class Cache:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             files.publish(path, data, durable=False, mode=0o600)
             if not meta:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                self._remember(oid, CachedFile(fd, len(content)))
+                with contextlib.suppress(FileNotFoundError):  # evicted by somebody else just now
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    _touch(fd)
+                    self._remember(oid, CachedFile(fd, len(content)))
+            self._account(len(data))
         except (OSError, HorcruxError) as error:
-            log.warning("cannot cache %s: %s", path, error)
-            return
-        self._account(len(data))
+            self._cannot_insert(error)
+
+    def _cannot_insert(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now - self._told_full >= FULL_EVERY:
+            self._told_full = now
+            log.warning("chunks are not cached now, and fetched each time: %s", error)
+            if isinstance(error, NoSpace):
+                self._disk_full = True
+                self._wake.set()
 
     def drop(self, oid: bytes) -> None:
-        """Forget one chunk, here and on disk."""
+        """Forget one chunk that could not be read as it should, here and on disk."""
+        path = self._path(CHUNKS, oid)
+        log.warning("cache file %s is damaged: it is fetched again", path)
+        self.damaged += 1
         with self._lock:
             self._open.pop(oid, None)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(CHUNKS, oid))
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
     # ---- bounds
 
@@ -207,21 +254,40 @@ class Cache:
                 return
             yield fd
 
-    def _account(self, size: int) -> None:
+    def _account(self, size: int, wait: bool = False) -> None:
         with self._lock:
             self._unaccounted += size
-        with self._usage(wait=False) as fd:
-            if fd is None:
-                return  # added up with the next one
-            with self._lock:
-                size, self._unaccounted = self._unaccounted, 0
-            total = _read_usage(fd) + size
-            os.pwrite(fd, USAGE.pack(total), 0)
-        if total > self.limit and self._evicting.acquire(blocking=False):
+        with self._usage(wait) as fd:
+            if fd is None:  # no reader waits for somebody else's eviction
+                self._wake.set()
+                return
+            total = self._read_usage(fd)
+            if total is not None:
+                with self._lock:
+                    total, self._unaccounted = total + self._unaccounted, 0
+                self._write_usage(fd, total)
+        if total is not None and total <= self.limit:
+            return
+        much = total is None or total > self.limit * (1 + SLACK)
+        if much and self._evicting.acquire(blocking=False):
             try:
                 self.trim(self.limit, KEEP_AFTER_EVICTION)
             finally:
                 self._evicting.release()
+        else:
+            self._wants_trim = True
+            self._wake.set()
+
+    def _read_usage(self, fd: int) -> int | None:
+        """None where nobody counted since the boot: what was not synced before may be gone."""
+        data = os.pread(fd, USAGE.size, 0)
+        if len(data) != USAGE.size:
+            return None
+        total, boot = USAGE.unpack(data)
+        return int(total) if boot == self._boot else None
+
+    def _write_usage(self, fd: int, total: int) -> None:
+        os.pwrite(fd, USAGE.pack(total, self._boot), 0)
 
     def trim(self, limit: int, keep: float = 1.0) -> int:
         """If there is more than `limit`, evict what was not used longest down to `limit * keep`.
@@ -230,6 +296,9 @@ class Cache:
         """
         with self._usage(wait=True) as fd:
             assert fd is not None
+            self._note_uses(0)
+            with self._lock:
+                self._unaccounted = 0  # what it stands for is counted here
             found = sorted(self.entries(), key=lambda e: (e.area == META, e.used))
             total = before = sum(entry.size for entry in found)
             if total > limit:
@@ -242,16 +311,53 @@ class Cache:
                     total -= entry.size
                     with self._lock:
                         self._open.pop(bytes.fromhex(entry.id), None)
-            os.pwrite(fd, USAGE.pack(total), 0)
+            self._write_usage(fd, total)
         self._close_evicted()
         return before - total
 
+    def _keep(self) -> None:
+        """The keeper's thread: what has to be done now and then, and what should not hold up a
+        reader."""
+        while True:
+            self._wake.wait(KEEP_EVERY)
+            self._wake.clear()
+            if self._closed:
+                return
+            try:
+                self._note_uses(TOUCH_AFTER)
+                self._close_evicted()
+                if self._unaccounted:
+                    self._account(0, wait=True)
+                if self._disk_full:
+                    # Others need the room too. Chunks can be had again, so the oldest go.
+                    self._disk_full = False
+                    self.trim(int(sum(e.size for e in self.entries()) * KEEP_AFTER_EVICTION))
+                if self._wants_trim:
+                    self._wants_trim = False
+                    self.trim(self.limit, KEEP_AFTER_EVICTION)
+            except OSError as error:
+                log.warning("cannot tidy up the cache %s: %s", self.folder, error)
+
+    def _note_uses(self, after: float) -> None:
+        """Give files that are open and in use a new time, at most each `after` seconds: who evicts,
+        here or in another process, sees only those."""
+        now = time.monotonic()
+        for file in self._opened().values():
+            if file.used and now - file.touched >= after:
+                file.used, file.touched = False, now
+                with contextlib.suppress(OSError):
+                    _touch(file.fd)
+
     def _close_evicted(self) -> None:
         """Let go of files that another process evicted, so that their room comes back."""
-        for oid, file in list(self._open.items()):
+        for oid, file in self._opened().items():
             if os.fstat(file.fd).st_nlink == 0:
                 with self._lock:
                     self._open.pop(oid, None)
+
+    def _opened(self) -> dict[bytes, CachedFile]:
+        with self._lock:
+            return dict(self._open)
 
     def clear(self) -> int:
         """Remove everything; bytes removed."""
@@ -262,7 +368,7 @@ class Cache:
     def entries(self) -> Iterator[Entry]:
         """Everything that is here, in no order. Files left by killed writers are removed."""
         for area in (CHUNKS, META):
-            for shard in sorted((self.folder / area).iterdir()):
+            for shard in sorted((self.folder / area).glob("[0-9a-f][0-9a-f]/")):
                 with os.scandir(shard) as found:
                     for item in found:
                         with contextlib.suppress(FileNotFoundError):
@@ -270,20 +376,28 @@ class Cache:
                             if item.name.startswith(files.TEMPORARY_PREFIX):
                                 if time.time() - stat.st_mtime > 3600:
                                     os.unlink(item.path)
-                                continue
-                            yield Entry(
-                                area, item.name, stat.st_size, stat.st_mtime, Path(item.path)
-                            )
+                            elif _NAME.fullmatch(item.name):
+                                path = Path(item.path)
+                                yield Entry(area, item.name, stat.st_size, stat.st_mtime, path)
 
     def size(self) -> int:
         """Bytes in all, as accounted."""
         with self._usage(wait=True) as fd:
             assert fd is not None
-            return _read_usage(fd)
+            total = self._read_usage(fd)
+        return total if total is not None else sum(entry.size for entry in self.entries())
 
     def close(self) -> None:
+        """Let go of all files; nothing is kept open any more."""
         with self._lock:
+            self._closed = True
             self._open.clear()
+        self._wake.set()
+        if self._keeper is not None:
+            self._keeper.join(5)
+        if self._unaccounted:
+            with contextlib.suppress(OSError):
+                self._account(0, wait=True)
 
 
 def _trailer(content: bytes, oid: bytes) -> bytes:
@@ -292,19 +406,24 @@ def _trailer(content: bytes, oid: bytes) -> bytes:
     return TRAILER.pack(TRAILER_MAGIC, 0, len(content), digest.digest())
 
 
-def _read_usage(fd: int) -> int:
-    data = os.pread(fd, USAGE.size, 0)
-    return int(USAGE.unpack(data)[0]) if len(data) == USAGE.size else 0
+def _touch(fd: int) -> None:
+    # The kernel's own clock of files goes in steps of 4 ms, too coarse to tell what came last.
+    now = time.time_ns()
+    os.utime(fd, ns=(now, now))
 
 
-def _raise_file_limit() -> tuple[int, int]:
-    """Let this process open as many files as it may; (soft, hard) limit then."""
+def _boot_id() -> bytes:
+    text = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return bytes.fromhex(text.strip().replace("-", ""))
+
+
+def _raise_file_limit() -> int:
+    """Let this process open as many files as it may; how many that are."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else 1 << 16
-    wanted = min(wanted, 1 << 16)
+    wanted = min(1 << 16, hard if hard != resource.RLIM_INFINITY else 1 << 16)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    return soft, hard
+    return soft

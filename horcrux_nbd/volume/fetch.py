@@ -2,22 +2,27 @@
 
 A reader that misses fetches in its own thread, so it never queues behind read-ahead; background
 fetches have a few threads of their own, fewer than the store takes at once, so that a slot is free
-for a reader.
+for a reader. They begin when there is something to do: what is opened before nbdkit forks has none.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from ..errors import HorcruxError
+from ..errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
 # Wishes of read-ahead and prefetch kept; beyond, the oldest is forgotten: its reader has passed.
 MAX_WISHES = 1024
+# Whoever joins a flight may have waited but a moment when it fails because the store is away. Who
+# waited less than this part of the limit tries once more itself.
+PATIENCE = 0.2
+STOP_LIMIT = 5.0  # seconds that `Background.stop` waits for fetches that are under way
 
 
 class _Flight:
@@ -41,19 +46,40 @@ class SingleFlight:
         self._lock = threading.Lock()
 
     def get(self, oid: bytes) -> bytes:
-        """The content of `oid`; raises what `fetch` raised."""
+        """The content of `oid`; raises what `fetch` raised, in at most 1.2 times the limit."""
+        began, patient = time.monotonic(), True
+        while True:
+            flight, leader = self._join(oid)
+            if leader:
+                try:
+                    return self._lead(oid, flight)
+                finally:
+                    del flight  # its error's traceback leads back to this frame
+            if not flight.done.wait(self._limit):
+                raise StoreUnavailable(
+                    f"object {oid.hex()} did not come within {self._limit:.0f} s: try again later"
+                )
+            if flight.error is None:
+                assert flight.result is not None
+                return flight.result
+            late = time.monotonic() - began < self._limit * PATIENCE
+            if patient and late and isinstance(flight.error, StoreUnavailable):
+                patient = False
+                continue
+            try:
+                raise flight.error
+            finally:
+                del flight
+
+    def _join(self, oid: bytes) -> tuple[_Flight, bool]:
         with self._lock:
             flight = self._flights.get(oid)
-            leader = flight is None
-            if flight is None:
-                flight = self._flights[oid] = _Flight()
-        if not leader:
-            if not flight.done.wait(self._limit):
-                raise HorcruxError(f"object {oid.hex()} did not come within {self._limit:.0f} s")
-            if flight.error is not None:
-                raise flight.error
-            assert flight.result is not None
-            return flight.result
+            if flight is not None:
+                return flight, False
+            flight = self._flights[oid] = _Flight()
+            return flight, True
+
+    def _lead(self, oid: bytes, flight: _Flight) -> bytes:
         try:
             flight.result = self._fetch(oid)
             return flight.result
@@ -64,9 +90,7 @@ class SingleFlight:
             with self._lock:
                 del self._flights[oid]
             flight.done.set()
-
-    def under_way(self, oid: bytes) -> bool:
-        return oid in self._flights
+            del flight
 
 
 class Background:
@@ -76,32 +100,41 @@ class Background:
         self._work = work
         self._wishes: deque[int] = deque()
         self._wished: set[int] = set()
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._wanted, self._idle = (threading.Condition(self._lock) for _ in range(2))
         self._busy = 0
         self._stopped = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"prefetch-{n}", daemon=True)
-            for n in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._most, self._threads = threads, list[threading.Thread]()
 
     def wish(self, numbers: Iterable[int]) -> None:
-        """Work on these soon; the first of them first."""
-        with self._condition:
-            for number in reversed(list(numbers)):
+        """Work on these soon; the first of them first. Does nothing once stopped."""
+        fresh = [number for number in numbers if number not in self._wished]
+        if not fresh:
+            return
+        with self._lock:
+            for number in reversed(fresh):
                 if number not in self._wished:
                     self._wished.add(number)
                     self._wishes.append(number)
             while len(self._wishes) > MAX_WISHES:
                 self._wished.discard(self._wishes.popleft())
-            self._condition.notify_all()
+            if self._stopped:
+                self._wishes.clear()
+                return
+            # One thread for each wish that none is free for.
+            idle = len(self._threads) - self._busy
+            for _ in range(min(len(self._wishes) - idle, self._most - len(self._threads))):
+                name = f"prefetch-{len(self._threads)}"
+                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._wanted.notify(len(self._wishes))
 
     def _run(self) -> None:
         while True:
-            with self._condition:
+            with self._wanted:
                 while not self._wishes and not self._stopped:
-                    self._condition.wait()
+                    self._wanted.wait()
                 if self._stopped:
                     return
                 number = self._wishes.pop()
@@ -111,21 +144,23 @@ class Background:
             except Exception as error:  # a wish: whoever needs it will fetch it and see
                 log.info("prefetch of chunk %d failed: %s", number, error)
             finally:
-                with self._condition:
+                with self._idle:
                     self._busy -= 1
                     self._wished.discard(number)
-                    self._condition.notify_all()
+                    if not self._wishes and not self._busy:
+                        self._idle.notify_all()
 
     def wait_idle(self, limit: float) -> bool:
         """Wait until there is nothing to do, at most `limit` seconds; whether it is so."""
-        with self._condition:
-            return self._condition.wait_for(lambda: not self._wishes and not self._busy, limit)
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._wishes and not self._busy, limit)
 
     def stop(self, wait: bool = True) -> None:
         """No more work; with `wait`, what is under way is done when this returns."""
-        with self._condition:
+        with self._wanted:
             self._stopped = True
             self._wishes.clear()
-            self._condition.notify_all()
+            self._wanted.notify_all()
+        deadline = time.monotonic() + STOP_LIMIT
         for thread in self._threads if wait else ():
-            thread.join(timeout=5)
+            thread.join(max(0.0, deadline - time.monotonic()))

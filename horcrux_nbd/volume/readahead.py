@@ -25,26 +25,25 @@ class ReadAhead:
         self._chunk_size, self._chunks = chunk_size, chunks
         # Chunk that a stream reads next → (window in bytes, first chunk not asked for yet).
         self._streams: OrderedDict[int, tuple[int, int]] = OrderedDict()
-        self._last = -1
 
     def observe(self, first: int, last: int) -> range:
         """Chunks [first, last] are read now; the chunks that should be fetched ahead."""
-        if last == self._last:
+        following = last + 1
+        if following in self._streams:  # one more read of the chunk that a stream is in
             return range(0)
-        self._last = last
         stream = self._streams.pop(first, None)
         if stream is None and first != last:
             stream = self._streams.pop(first + 1, None)  # a read that ended within `first` before
-        window, asked = stream or (0, last + 1)
+        window, asked = stream or (0, following)
         if stream:
             window = min(LAST_WINDOW, max(FIRST_WINDOW, window * 2))
-        ahead = -(-window // self._chunk_size) if window else 0
-        stop = min(self._chunks, last + 1 + ahead)
-        begin = max(asked, last + 1)
-        self._streams[last + 1] = (window, max(begin, stop))
+        ahead = -(-window // self._chunk_size)
+        begin = max(asked, following)
+        stop = max(begin, min(self._chunks, following + ahead))
+        self._streams[following] = (window, stop)
         while len(self._streams) > STREAMS:
             try:
                 self._streams.popitem(last=False)
             except KeyError:  # another thread emptied it
                 break
-        return range(begin, max(begin, stop))
+        return range(begin, stop)
