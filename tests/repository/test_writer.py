@@ -392,14 +392,6 @@ def announce(memory: MemoryStore, begins: float) -> str:
     return key
 
 
-def test_announcements() -> None:
-    key = sweeps.announcement(1_800_000_000, "0123")
-    assert key == "gc/20270115T080000Z-0123"
-    assert sweeps.begins(key[3:]) == 1_800_000_000
-    for name in ("", "x", "20270115T080000Z", "20271315T080000Z-00", "20270115T080000Z-XY"):
-        assert sweeps.begins(name) is None
-
-
 @pytest.mark.parametrize("hours", [-100, -1, 0, 0.9])
 def test_no_ref_moves_during_a_removal(
     repository: Repository, memory: MemoryStore, hours: float
