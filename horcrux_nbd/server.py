@@ -103,26 +103,49 @@ def start(
         nbdkit, "--foreground", "--unix", str(socket), "--threads", str(THREADS),
         "python", str(plugin_path()), *(f"{key}={value}" for key, value in keys.items()),
     ]  # fmt: skip
-    # As a session of its own it outlives us and our terminal.
-    with open(folder / LOG, "wb") as log, io_flusher():
-        child = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
-        )
-    process = Process.of(child.pid)
-    if process is not None:
-        server = Server(process, socket, boot_id())
-        files.publish_json(folder / RECORD, {**asdict(server), "socket": str(socket)})
+    process = _launch(argv, folder / LOG)
+    server = Server(process, socket, boot_id())
+    files.publish_json(folder / RECORD, {**asdict(server), "socket": str(socket)})
 
     def ready() -> bool:
-        return child.poll() is not None or listener(socket) != 0
+        return not process.alive() or listener(socket) != 0
 
-    if process is None or not wait_until(ready, START_LIMIT) or child.returncode is not None:
-        child.kill()
-        child.wait(5)
+    if not wait_until(ready, START_LIMIT) or not process.alive():
+        process.stop(0)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / RECORD)
         raise HorcruxError(f"volume {name} cannot be served: {_said(folder / LOG)}")
     return server
+
+
+# nbdkit 1.32.5 has the kernel send it SIGTERM when its parent ends, also without
+# --exit-with-parent. So it begins as a shell of a session of its own, which says its pid and waits
+# until it is init's child. There it outlives us and our terminal.
+_LAUNCHER = (
+    "setsid", "--fork", "sh", "-c", 'echo $$; read -r _; exec "$@" </dev/null >&2', "sh",
+)  # fmt: skip
+
+
+def _launch(argv: list[str], log: Path) -> Process:
+    with open(log, "wb") as output, io_flusher():
+        launcher = subprocess.Popen(
+            [*_LAUNCHER, *argv],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            cwd="/",
+            env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/bin:/bin"},
+        )
+    assert launcher.stdin is not None
+    assert launcher.stdout is not None
+    with launcher.stdin, launcher.stdout:
+        pid = launcher.stdout.readline().strip()
+        launcher.wait()
+        process = Process.of(int(pid)) if pid else None
+        if process is None:
+            raise HorcruxError(f"nbdkit cannot be started: {_said(log)}")
+        launcher.stdin.write(b"\n")
+    return process
 
 
 def _said(log: Path) -> str:
