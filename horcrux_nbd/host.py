@@ -10,12 +10,12 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import control, files, paths, server
+from . import config, control, files, paths, server
 from .attach import device as devices
 from .attach.base import Attachment
 from .attach.mount import give_up, unmount_device
@@ -318,6 +318,36 @@ def mount(
             if not attached:
                 _detach(name, force=True, keep_server=served)
             raise
+
+
+def remounter(name: str) -> Callable[[], Mount]:
+    """Mounts a volume again as it is mounted now, later. Raises Busy where that is in several
+    places.
+    """
+    attachment, there = Attachment.load(_attach_state(name)), mounts(name)
+    if attachment is None or len(there) != 1:
+        raise Busy(
+            f"volume {name} is mounted in {len(there)} places: umount it, and mount it afterwards"
+        )
+    via, read_only, one = attachment.via, attachment.read_only, there[0]
+    told = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
+    words = [plain if no not in one.options else no for plain, no in told.items()]
+    words += [word for word in ("noatime", "relatime", "nodiratime") if word in one.options]
+    words += ["discard"] if "discard" in one.super_options else []
+    size = config.load().cache_size
+    options = {} if size is None else {"cache_size": str(size)}
+
+    def again() -> Mount:
+        return mount(
+            name,
+            Path(one.target),
+            via=via,
+            read_only=read_only or one.read_only,
+            mount_options=words,
+            options=options,
+        )
+
+    return again
 
 
 def umount(name_or_folder: str, *, force: bool = False) -> str:

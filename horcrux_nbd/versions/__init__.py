@@ -5,17 +5,51 @@ running workload; a push brings to the store what it lacks and moves the branch.
 the state before or after it, and one that was broken off is taken up by the next.
 """
 
+from .branches import delete_branch, make_branch
 from .commit import Committed, NothingToCommit, commit
+from .move import (
+    Changes,
+    HasChanges,
+    Moved,
+    checkout,
+    expire,
+    reset,
+    revert,
+    stash,
+    stash_drop,
+    stash_pop,
+    stashes,
+)
+from .position import Position, position
 from .push import Diverged, Pushed, push
+from .remote import Fetched, fetch, pull
 from .session import ServerGone, Session
 
 __all__ = [
+    "Changes",
     "Committed",
     "Diverged",
+    "Fetched",
+    "HasChanges",
+    "Moved",
     "NothingToCommit",
+    "Position",
     "Pushed",
     "ServerGone",
     "Session",
+    "checkout",
     "commit",
+    "delete_branch",
+    "expire",
+    "fetch",
+    "make_branch",
+    "position",
+    "pull",
     "push",
+    "reset",
+    "revert",
+    "stash",
+    "stash_drop",
+    "stash_pop",
+    "stashes",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import Damaged, NotFound, UsageError
-from ..names import check_name, is_name
+from ..names import check_name
 from ..progress import Progress
 from ..repository.commits import Commit
 from ..repository.objects import Kind, kind_of
@@ -24,7 +24,7 @@ from ..volume.volume import STORE_LIMIT
 from . import reflog
 from .commit import settled
 from .reach import reach, sweep
-from .session import Session
+from .session import Session, follows_branch
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ def _push(
 def _target(name: str, state: VolumeState, branch: str | None) -> str:
     if branch is not None:
         return branch
-    if not is_name(state.ref) or state.ref == state.upstream:
+    if not follows_branch(state):
         raise _no_branch(name, state)
     return state.ref
 
 
 def _no_branch(name: str, state: VolumeState) -> UsageError:
-    shown = state.ref[:12] if state.ref == state.upstream else state.ref
+    shown = state.ref if follows_branch(state) else state.ref[:12]
     return UsageError(
         f"volume {name} is on {state.image}@{shown}, which is no branch: say where to push with "
         f"`horcrux-cli push {name} --branch NAME`"

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 from .. import config, control, files, host, paths, server
 from ..chunkstore import open_store
 from ..errors import HorcruxError, UsageError
+from ..names import is_name
 from ..repository.commits import Commit
-from ..repository.objects import Kind
+from ..repository.objects import ID_SIZE, Kind
 from ..repository.repository import Repository
 from ..volume.cache import Cache
 from ..volume.local import LocalObjects
@@ -31,9 +32,9 @@ from ..volume.volume import STORE_LIMIT, Volume
 class Session:
     """Use it in a `with` block. Raises NotFound, Busy on entry."""
 
-    def __init__(self, name: str, limit: float = STORE_LIMIT) -> None:
-        """`limit` seconds is how long the store is waited for."""
-        self.name, self.limit = name, limit
+    def __init__(self, name: str, limit: float = STORE_LIMIT, *, lock: bool = True) -> None:
+        """`limit` seconds is how long the store is waited for. Who only looks needs no `lock`."""
+        self.name, self.limit, self._locked = name, limit, lock
         self.folder = host.folder_of(name)
         self._stack = contextlib.ExitStack()
         self._offline: Repository | None = None
@@ -42,9 +43,10 @@ class Session:
     def __enter__(self) -> Session:
         host.load(self.name)
         with contextlib.ExitStack() as stack:
-            lock = files.FileLock(self.folder / host.VERSIONS_LOCK, f"volume {self.name}")
-            lock.acquire(host.LOCK_WAIT)
-            stack.callback(lock.release)
+            if self._locked:
+                lock = files.FileLock(self.folder / host.VERSIONS_LOCK, f"volume {self.name}")
+                lock.acquire(host.LOCK_WAIT)
+                stack.callback(lock.release)
             state = host.load(self.name)  # it may have been removed while we waited
             self.cache = stack.enter_context(opened_cache())
             self.local = LocalObjects(self.folder, self.cache, state.chunk_size)
@@ -115,17 +117,25 @@ class Session:
 
     def commit(self, oid: bytes) -> Commit:
         """A commit: the volume's own, from the cache, or from the store, and then kept."""
-        found = self.local.commit(oid)
-        if found is None:
+        return Commit.decode(self.commit_plain(oid))
+
+    def commit_plain(self, oid: bytes) -> bytes:
+        """The plaintext of a commit, which may say more than this release knows."""
+        plain = self.local.commit_plain(oid)
+        if plain is None:
             plain = self.remote.read_object(oid, (Kind.COMMIT,))[1]
-            found = Commit.decode(plain)
             self.cache.insert(oid, plain, meta=True)
-        return found
+        return plain
 
     def own_commits(self) -> list[tuple[bytes, Commit]]:
         """Those on the volume's line that were never pushed, newest first."""
         state = self.state
         return list(self.local.commits(bytes.fromhex(state.base), state.upstream))
+
+
+def follows_branch(state: VolumeState) -> bool:
+    """Whether what the volume follows can be a branch: no id, and nothing with steps back."""
+    return is_name(state.ref) and len(state.ref) != 2 * ID_SIZE
 
 
 @contextlib.contextmanager

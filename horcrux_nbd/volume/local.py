@@ -147,10 +147,13 @@ class LocalObjects:
 
     def commit(self, oid: bytes) -> Commit | None:
         """One of the volume's own commits, or one in the cache; None if it is not here."""
-        plain = self._read(oid, Kind.COMMIT, MAX_COMMIT)
-        if plain is None:
-            plain = self._cache.read(oid)
+        plain = self.commit_plain(oid)
         return None if plain is None else Commit.decode(plain)
+
+    def commit_plain(self, oid: bytes) -> bytes | None:
+        """Its plaintext."""
+        plain = self._read(oid, Kind.COMMIT, MAX_COMMIT)
+        return plain if plain is not None else self._cache.read(oid)
 
     def commits(self, tip: bytes, stop: str | None = None) -> Iterator[tuple[bytes, Commit]]:
         """The commits from `tip` on, first parents, as far as they are the volume's own, and before

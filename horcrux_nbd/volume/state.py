@@ -58,7 +58,6 @@ class Seen:
     author: str
     time: str
     why: str
-    behind: int  # versions on it that the volume's line does not have
     at: str
 
 

@@ -1,0 +1,224 @@
+"""What differs between two versions, volumes or both, in blocks. Equal parts are never looked at.
+
+Two indexes tell which chunks differ without reading any; overlays tell it to the block. Exactly
+which blocks of a chunk differ takes its content on both sides, from this host or the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from ..errors import Damaged, UsageError
+from ..repository.commits import Commit
+from ..repository.index import Index
+from ..repository.objects import NULL_ID
+from ..repository.repository import Repository
+from ..units import KiB
+from ..volume import state as states
+from ..volume.base import Base
+from ..volume.cache import Cache
+from ..volume.layer import BLOCK_SIZE, Layer
+from ..volume.local import LocalObjects
+from ..volume.overlay import Overlay
+from ..volume.pack import touched_chunks, written_blocks
+from .session import Session
+
+TRIES = 5  # a commit may end just while a volume is opened for reading
+
+
+class Side:
+    """One side of a comparison: a version, with a volume's changes over it or not.
+
+    Reads of it never take a lock: of a volume in use it is what its map on disk says, which is what
+    was flushed, and blocks that are being written may be older or newer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        commit: Commit,
+        repository: Repository,
+        cache: Cache,
+        local: LocalObjects | None = None,
+        layers: tuple[Layer, ...] = (),
+        resources: contextlib.ExitStack | None = None,
+    ) -> None:
+        self.name, self.commit, self.layers = name, commit, layers
+        self._base = Base(repository, commit, cache, local)
+        self.index = Index(commit.index, commit.levels, self._base.load_node)
+        self._view: Overlay | Base = Overlay(layers, self._base) if layers else self._base
+        self._resources = resources
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.commit.size
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset`; zeros behind the end. Raises Damaged, StoreError."""
+        self._view.read_into(offset, view)
+
+    def chunk(self, number: int) -> bytes:
+        """The content of one chunk."""
+        content = bytearray(self.commit.chunk_size)
+        self.read_into(number * len(content), memoryview(content))
+        return bytes(content)
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._base.close(wait=False)
+        for layer in self.layers:
+            layer.close()
+        if self._resources is not None:
+            self._resources.close()
+
+
+def volume_side(name: str) -> Side:
+    """A volume as it is now, its changes included."""
+    for attempt in range(TRIES):
+        with contextlib.ExitStack() as stack:
+            session = stack.enter_context(Session(name, lock=False))
+            state = session.state
+            commit = states.base_commit(session.folder, state)
+            try:
+                layers = []
+                for one in state.layers:
+                    folder = states.layer_folder(session.folder, one)
+                    layer = Layer(folder, bytes.fromhex(one.id), state.size).open(read_only=True)
+                    layers.append(layer)
+            except (Damaged, FileNotFoundError):
+                for layer in layers:
+                    layer.close()
+                if attempt + 1 < TRIES and session.state != state:
+                    continue
+                raise
+            return Side(
+                name,
+                commit,
+                session.remote,
+                session.cache,
+                session.local,
+                tuple(layers),
+                stack.pop_all(),
+            )
+    raise AssertionError("unreachable")
+
+
+def version_side(name: str, oid: bytes, session: Session) -> Side:
+    """A version that a volume knows; `session` stays open as long as it is used."""
+    return Side(name, session.commit(oid), session.remote, session.cache, session.local)
+
+
+def stored_side(name: str, commit: Commit, repository: Repository, cache: Cache) -> Side:
+    """A version of a repository."""
+    return Side(name, commit, repository, cache)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """`length` bytes from `start` differ. Multiples of 4 KiB, but for the end of the image."""
+
+    start: int
+    length: int
+
+
+@dataclass
+class Stat:
+    """How much differs. `bytes` is an upper bound unless `exact`."""
+
+    chunks: int = 0
+    bytes: int = 0
+    exact: bool = False
+    sizes: tuple[int, int] = (0, 0)
+
+
+def differing(old: Side, new: Side, *, exact: bool = False) -> Iterator[Extent]:
+    """Where two sides differ, ascending, merged. Not `exact`: whole chunks where only the indexes
+    say so, and blocks that were written with the bytes that they had: nothing is fetched then.
+    Raises UsageError for sides that cannot be compared.
+    """
+    chunk = _chunk_size(old, new)
+    last: Extent | None = None
+    for number in _candidates(old, new):
+        for first, stop in _blocks(old, new, number, exact):
+            start = number * chunk + first * BLOCK_SIZE
+            end = min(number * chunk + stop * BLOCK_SIZE, max(old.size, new.size))
+            if last is not None and last.start + last.length == start:
+                last = Extent(last.start, end - last.start)
+                continue
+            if last is not None:
+                yield last
+            last = Extent(start, end - start)
+    if last is not None:
+        yield last
+
+
+def stat(old: Side, new: Side, *, exact: bool = False) -> Stat:
+    """How much differs; see `differing`."""
+    chunk = _chunk_size(old, new)
+    found = Stat(exact=exact, sizes=(old.size, new.size))
+    counted = -1
+    for extent in differing(old, new, exact=exact):
+        found.bytes += extent.length
+        first, last = extent.start // chunk, (extent.start + extent.length - 1) // chunk
+        found.chunks += last - max(first, counted + 1) + 1
+        counted = last
+    return found
+
+
+def _chunk_size(old: Side, new: Side) -> int:
+    if old.commit.chunk_size != new.commit.chunk_size:
+        raise UsageError(
+            f"{old.name} has chunks of {old.commit.chunk_size // KiB} KiB and {new.name} of "
+            f"{new.commit.chunk_size // KiB} KiB: they cannot be compared block by block"
+        )
+    return old.commit.chunk_size
+
+
+def _candidates(old: Side, new: Side) -> Iterator[int]:
+    numbers = {number for number, _, _ in old.index.diff(new.index)}
+    for side in (old, new):
+        numbers.update(
+            touched_chunks(side.layers, side.index, side.commit.chunk_size, side.commit.chunks)
+        )
+    yield from sorted(numbers)
+
+
+def _blocks(old: Side, new: Side, number: int, exact: bool) -> Iterator[tuple[int, int]]:
+    """[first, stop) of blocks of a chunk that differ."""
+    count = old.commit.chunk_size // BLOCK_SIZE
+    if exact:
+        a, b = old.chunk(number), new.chunk(number)
+        blocks = [
+            n
+            for n in range(count)
+            if a[n * BLOCK_SIZE : (n + 1) * BLOCK_SIZE] != b[n * BLOCK_SIZE : (n + 1) * BLOCK_SIZE]
+        ]
+    elif _id(old, number) != _id(new, number):
+        yield 0, count
+        return
+    else:
+        blocks = sorted(
+            {n for side in (old, new) for n in written_blocks(side.layers, side.commit, number)}
+        )
+    at = 0
+    while at < len(blocks):
+        begin = at
+        while at + 1 < len(blocks) and blocks[at + 1] == blocks[at] + 1:
+            at += 1
+        yield blocks[begin], blocks[at] + 1
+        at += 1
+
+
+def _id(side: Side, number: int) -> bytes:
+    return side.index.lookup(number) if number < side.commit.chunks else NULL_ID
