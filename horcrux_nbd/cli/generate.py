@@ -1,0 +1,177 @@
+"""`generate`: a directory or disk image becomes a version in a repository."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import click
+
+from .. import config
+from ..errors import Incomplete, NotFound, StoreMissing, UsageError
+from ..names import DEFAULT_BRANCH, check_name
+from ..units import format_size
+from . import output
+from .words import REPO, SIZE
+
+LISTED = 20  # problems printed; --json has all
+
+
+@click.command()
+@click.argument("name")
+@click.argument("source", type=click.Path())
+@click.argument("repo", type=REPO)
+@click.option(
+    "-s",
+    "--chunksize",
+    type=SIZE,
+    help="Power of two from 64K to 64M. Default: that of the image or repository, else 512K.",
+)
+@click.option("--free", type=SIZE, help="Room to grow beside the files; a hole, costs nothing.")
+@click.option("--size", type=SIZE, help="Size of the file system in all, instead of --free.")
+@click.option("--fs", "filesystem", default="ext4", show_default=True, metavar="ext4|xfs")
+@click.option("--branch", default=DEFAULT_BRANCH, show_default=True, help="Branch to add to.")
+@click.option("-m", "--message", help="What this version is. Default: where it came from.")
+@click.option(
+    "--temporary",
+    type=click.Path(file_okay=False),
+    help="Folder for temporary files. Default: $TMPDIR, else /var/tmp.",
+)
+@output.quiet_option
+@output.json_option
+def generate(
+    name: str,
+    source: str,
+    repo: str,
+    chunksize: int | None,
+    free: int | None,
+    size: int | None,
+    filesystem: str,
+    branch: str,
+    message: str | None,
+    temporary: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make a version of image NAME from SOURCE in REPO.
+
+    SOURCE is a directory (it becomes an ext4 file system with all owners, modes, times, xattrs,
+    ACLs, links and holes), a raw disk image, a block device, or what qemu-img reads (qcow2, vmdk,
+    vdi, …). REPO is made if it is missing. Run it again to add a version: only new chunks are
+    stored. Interrupted, it leaves the image as it was, and the next run sends what is missing.
+
+    \b
+    horcrux-cli generate -s 512K AMCC /var/lib/postgresql/15/main /opt/horcrux-amcc
+    horcrux-cli generate --free 20G -m "before the upgrade" AMCC /srv/amcc scp://me@nas:/srv/images
+
+    Exit code 10: the version was made, but files changed or could not be read meanwhile; they are
+    listed. Stop the database, or take a snapshot, and run it again.
+    """
+    from ..chunkstore import open_store
+    from ..generate import generate as run
+    from ..identity import author
+    from ..progress import make_progress
+    from ..repository.commits import check_chunk_size
+    from ..source import open_source
+
+    began = time.monotonic()
+    check_name("image", name)
+    check_name("branch", branch)
+    if chunksize is not None:
+        check_chunk_size(chunksize)
+    if free is not None and size is not None:
+        raise UsageError("--size is the whole, --free what is left over: give one of them")
+    url = config.load().url(repo)
+    _check_apart(source, url)
+    _look_at(url)
+    with make_progress(quiet) as progress:
+        with open_source(
+            source,
+            filesystem=filesystem,
+            size=size,
+            free=free,
+            temporary=temporary,
+            progress=progress,
+            label=name[: 16 if filesystem == "ext4" else 12],
+        ) as image:
+            with open_store(url, create=True) as store:
+                done = run(
+                    image,
+                    store,
+                    name,
+                    chunk_size=chunksize,
+                    branch=branch,
+                    author=author(),
+                    message=message or f"generated from {os.path.abspath(source)}",
+                    progress=progress,
+                )
+    seconds = time.monotonic() - began
+    if as_json:
+        output.emit_json(
+            {
+                "id": done.id.hex(),
+                "version": f"{name}@{branch}",
+                "repository": url,
+                "size": done.commit.size,
+                "chunk_size": done.commit.chunk_size,
+                "filesystem": done.commit.filesystem,
+                "read_bytes": done.read_bytes,
+                "stored_bytes": done.written.bytes,
+                "stored_objects": done.written.objects,
+                "known_objects": done.written.known_objects,
+                "seconds": round(seconds, 3),
+                "problems": done.problems,
+            }
+        )
+    else:
+        click.echo(
+            f"{name}@{branch} {output.short(done.id)}: {format_size(done.commit.size)} image, "
+            f"{format_size(done.read_bytes)} read, {format_size(done.written.bytes)} stored in "
+            f"{output.plural(done.written.objects, 'new object')}, {seconds:.1f} s, "
+            f"{format_size(done.read_bytes / max(seconds, 1e-3))}/s"
+        )
+    if done.problems:
+        if not as_json:
+            _list(done.problems)
+        raise Incomplete(
+            f"{name}@{branch} was made, but {output.plural(len(done.problems), 'file')} changed or "
+            "could not be read meanwhile: stop what writes there and run it again"
+        )
+
+
+def _check_apart(source: str, url: str) -> None:
+    """Refuse a repository that would hold itself. Raises UsageError."""
+    from ..chunkstore import parse_store_url
+
+    target = parse_store_url(url)
+    if target.scheme != "cp":
+        return
+    here, there = os.path.realpath(source), os.path.realpath(target.path)
+    if here == there:
+        raise UsageError(f"SOURCE and REPO are the same folder ({here}): choose another REPO")
+    if there.startswith(here.rstrip("/") + "/"):
+        raise UsageError(f"REPO {there} lies inside of SOURCE {here}: choose one outside of it")
+    if here.startswith(there.rstrip("/") + "/"):
+        raise UsageError(f"SOURCE {here} lies inside of REPO {there}: choose a REPO elsewhere")
+
+
+def _look_at(url: str) -> None:
+    """Find out now what is wrong with the repository: reading the source may take minutes.
+
+    Changes nothing. Raises what opening it does, unless it is only missing.
+    """
+    from ..chunkstore import open_store
+    from ..repository.repository import Repository
+
+    try:
+        with open_store(url) as store:
+            Repository.open(store)
+    except (StoreMissing, NotFound):
+        return
+
+
+def _list(problems: list[str]) -> None:
+    for line in problems[:LISTED]:
+        click.echo(f"  {output.printable(line)}", err=True)
+    if len(problems) > LISTED:
+        click.echo(f"  … and {len(problems) - LISTED} more (--json lists all)", err=True)

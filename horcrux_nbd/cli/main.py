@@ -1,0 +1,175 @@
+"""The command `horcrux-cli`: its commands, and what happens when one fails."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from .. import __version__
+from ..errors import HorcruxError
+from . import cache, completion, doctor, generate, repositories, settings, volumes
+from .words import WORDS
+
+PROGRAM = "horcrux-cli"
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+TERMINATED = 143  # 128 + SIGTERM
+OUTPUT_CLOSED = 141  # 128 + SIGPIPE
+
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "The way in": (generate.generate, repositories.verify),
+    "What is there": (repositories.ls, repositories.log, repositories.show, volumes.status),
+    "Volumes": (
+        volumes.create,
+        volumes.mount,
+        volumes.umount,
+        volumes.attach,
+        volumes.detach,
+        volumes.serve,
+        volumes.rm,
+    ),
+    "This host": (
+        cache.cache,
+        doctor.doctor,
+        settings.config,
+        settings.remote,
+        completion.plugin_path,
+        completion.completion,
+    ),
+}
+
+HELP = f"""Versioned disk images: a private, writable copy of any data set in seconds.
+
+A directory becomes a repository (chunks in a plain folder, on an SSH server or in S3), and a
+version in it becomes a disk that fetches what is read and keeps what is written:
+
+\b
+  horcrux-cli generate AMCC /srv/postgres /opt/horcrux-amcc
+  horcrux-cli ls cp:///opt/horcrux-amcc
+  horcrux-cli create amcc cp:///opt/horcrux-amcc AMCC
+  horcrux-cli mount amcc /mnt/amcc
+  horcrux-cli status
+  horcrux-cli umount amcc
+
+{WORDS}
+"""
+
+
+class Commands(click.Group):
+    """A group whose help lists the commands by what they are about."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [str(command.name) for commands in SECTIONS.values() for command in commands]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(str(command.name), command.get_short_help_str(70)) for command in commands],
+                    col_max=12,
+                )
+
+
+@click.group(
+    cls=Commands,
+    help=HELP,
+    epilog="Exit codes are in docs/cli.md. `horcrux-cli COMMAND --help` has an example of each.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, "-V", "--version", prog_name=PROGRAM)
+@click.option(
+    "--debug", is_flag=True, help="Say what is done; a traceback on errors (HORCRUX_DEBUG=1)."
+)
+def cli(debug: bool) -> None:
+    _set_up_log(debug or _debugging())
+
+
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
+
+
+def _debugging() -> bool:
+    return os.environ.get("HORCRUX_DEBUG", "") not in ("", "0") or "--debug" in sys.argv
+
+
+class _Log(logging.Handler):
+    """Lines on whatever is standard error at that moment: a progress bar replaces it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{PROGRAM}: {record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+def _set_up_log(debug: bool) -> None:
+    root = logging.getLogger()
+    root.handlers = [_Log()]
+    root.setLevel(logging.DEBUG if debug else logging.WARNING)
+    # boto3 and paramiko tell a lot, and some of it (headers, keys' names) is none of a log's
+    # business.
+    for library in ("boto3", "botocore", "urllib3", "paramiko", "s3transfer"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP, so that `finally` runs and temporary files go."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code (docs/cli.md). The entry point of `horcrux-cli`."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice stands
+            signal.signal(number, _terminate)
+    try:
+        result = cli.main(
+            args=None if arguments is None else list(arguments),
+            prog_name=PROGRAM,
+            standalone_mode=False,
+        )
+        sys.stdout.flush()
+    except (HorcruxError, click.ClickException, OSError) as error:
+        if _debugging() and not isinstance(error, click.ClickException):
+            logging.getLogger(__name__).debug("traceback", exc_info=True)
+            sys.excepthook(type(error), error, error.__traceback__)
+        return _failed(error)
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted", INTERRUPTED)
+    except _Terminated:
+        return _say("terminated", TERMINATED)
+    return result if isinstance(result, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    if isinstance(error, HorcruxError):
+        return _say(str(error), error.exit_code)
+    if isinstance(error, click.ClickException):
+        return _say(_usage(error), error.exit_code)
+    assert isinstance(error, OSError)
+    if isinstance(error, BrokenPipeError):
+        # `horcrux-cli ls | head`: nobody is left to tell. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OUTPUT_CLOSED
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return _say(what, 8 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1)
+
+
+def _usage(error: click.ClickException) -> str:
+    text = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return text
+    return f"{text[:1].lower()}{text[1:]} (see `{context.command_path} --help`)"
+
+
+def _say(text: str, code: int) -> int:
+    click.echo(f"{PROGRAM}: {' '.join(text.split())}", err=True)
+    return code

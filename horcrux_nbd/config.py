@@ -1,0 +1,236 @@
+"""The configuration file: names for repositories, and what to do unless told otherwise.
+
+    [remotes.team]
+    url = "scp://images@nas:/srv/horcrux"
+
+    [cache]
+    size = "20G"
+
+    [attach]
+    via = "nbd"
+
+TOML, at `paths.config_file()`. Strict: an unknown key is an error that names the known ones. It
+holds no secret, and URLs cannot (chunkstore/url.py refuses them), so it may be shown and copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import files, paths
+from .chunkstore.url import parse_store_url
+from .errors import NotFound, UsageError
+from .names import check_name, is_name
+from .units import MiB, parse_size
+
+KNOWN: dict[str, tuple[str, ...]] = {
+    "remotes": (),  # names of the user's own, each with the keys of REMOTE
+    "cache": ("size",),
+    "attach": ("via",),
+}
+REMOTE = ("url",)
+WAYS = ("nbd", "ublk", "fuse")  # attach.choose.DRIVERS; a test compares them
+MIN_CACHE = 64 * MiB  # the largest chunk: with less, nothing of such an image could be kept
+_HEADER = re.compile(r"\s*\[")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the file says, checked. `None` means: not said, the built-in default holds."""
+
+    file: Path
+    exists: bool = False
+    remotes: Mapping[str, str] = field(default_factory=dict)  # name → URL
+    cache_size: int | None = None  # bytes
+    attach_via: str | None = None
+
+    def url(self, repository: str) -> str:
+        """The URL of `repository`: a remote's name, a URL, or a path. Raises UsageError."""
+        if repository in self.remotes:
+            return self.remotes[repository]
+        try:
+            return str(parse_store_url(repository))
+        except UsageError as error:
+            if not is_name(repository):
+                raise
+            known = ", ".join(sorted(self.remotes)) or "none"
+            raise UsageError(f"{error} (remotes of {self.file}: {known})") from None
+
+
+def load(file: Path | None = None) -> Config:
+    """The configuration in `file`, by default this user's; built-in defaults where there is none.
+
+    Raises UsageError, which names file and key.
+    """
+    file = file or paths.config_file()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return Config(file)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is no UTF-8 text ({error.reason}): save it as such") from None
+    return parse(text, file)
+
+
+def parse(text: str, file: Path) -> Config:
+    """`text` of `file` as configuration. Raises UsageError."""
+    try:
+        value = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file} is no TOML: {error}") from None
+    _check_keys(value, tuple(KNOWN), file, "")
+    tables = {name: _table(value, name, file) for name in KNOWN}
+    for name in ("cache", "attach"):
+        _check_keys(tables[name], KNOWN[name], file, f"{name}.")
+    return Config(
+        file=file,
+        exists=True,
+        remotes=_remotes(tables["remotes"], file),
+        cache_size=_cache_size(tables["cache"], file),
+        attach_via=_via(tables["attach"], file),
+    )
+
+
+def _check_keys(found: Mapping[str, Any], known: tuple[str, ...], file: Path, where: str) -> None:
+    for key in found:
+        if key not in known:
+            names = ", ".join(where + name for name in known)
+            raise UsageError(f"{file}: unknown key {where + key!r}: the known ones are {names}")
+
+
+def _table(value: Mapping[str, Any], name: str, file: Path) -> Mapping[str, Any]:
+    table = value.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{file}: {name} is no table: write [{name}] and its keys below")
+    return table
+
+
+def _remotes(table: Mapping[str, Any], file: Path) -> dict[str, str]:
+    found = {}
+    for name in table:
+        check_name("remote", name)
+        remote = _table(table, name, file)
+        _check_keys(remote, REMOTE, file, f"remotes.{name}.")
+        if not isinstance(remote.get("url"), str):
+            raise UsageError(f'{file}: remotes.{name} needs a URL: url = "scp://user@host:/path"')
+        try:
+            found[name] = str(parse_store_url(remote["url"]))
+        except UsageError as error:
+            raise UsageError(f"{file}: remotes.{name}: {error}") from None
+    return found
+
+
+def _cache_size(table: Mapping[str, Any], file: Path) -> int | None:
+    size = table.get("size")
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, str | int):
+        raise UsageError(f'{file}: cache.size {size!r} is no size: write size = "20G"')
+    found = parse_size(size, f"{file}: cache.size")
+    if found < MIN_CACHE:
+        raise UsageError(f"{file}: cache.size {size!r} is too small: give at least 64M")
+    return found
+
+
+def _via(table: Mapping[str, Any], file: Path) -> str | None:
+    via = table.get("via")
+    if via is not None and via not in WAYS:
+        raise UsageError(f"{file}: attach.via {via!r} is unknown: use one of {', '.join(WAYS)}")
+    return via
+
+
+# ---- changes ------------------------------------------------------------------------------------
+
+
+def add_remote(name: str, url: str, file: Path | None = None) -> str:
+    """Let `name` stand for the repository at `url`; the URL as it is kept.
+
+    The rest of the file stays as it is, comments included. Raises UsageError where the name is
+    taken by another URL.
+    """
+    check_name("remote", name)
+    kept = str(parse_store_url(url))
+    with _editing(file or paths.config_file()) as (old, text, write):
+        if name in old.remotes:
+            if old.remotes[name] == kept:
+                return kept
+            raise UsageError(
+                f"remote {name} is {old.remotes[name]} already: `horcrux-cli remote rm {name}` "
+                "first, or choose another name"
+            )
+        gap = "" if not text else "\n" if text.endswith("\n") else "\n\n"
+        # JSON's strings are TOML's basic strings, for what URLs consist of.
+        table = f"[remotes.{_key(name)}]\nurl = {json.dumps(kept, ensure_ascii=False)}\n"
+        write(text + gap + table, {**old.remotes, name: kept})
+    return kept
+
+
+def remove_remote(name: str, file: Path | None = None) -> None:
+    """Forget a remote; what is stored there stays. Raises NotFound."""
+    with _editing(file or paths.config_file()) as (old, text, write):
+        if name not in old.remotes:
+            known = ", ".join(sorted(old.remotes)) or "none"
+            raise NotFound(f"there is no remote {name!r} in {old.file}: there is {known}")
+        remotes = {other: url for other, url in old.remotes.items() if other != name}
+        write(_without_table(text, name), remotes)
+
+
+class _Write:
+    """Replaces the file, once what it would say then is what was meant."""
+
+    def __init__(self, old: Config) -> None:
+        self._old = old
+
+    def __call__(self, text: str, remotes: Mapping[str, str]) -> None:
+        file = self._old.file
+        by_hand = f"{file} is written in a way that cannot be changed from here: edit it by hand"
+        try:
+            new = parse(text, file)
+        except UsageError:
+            raise UsageError(by_hand) from None
+        meant = Config(file, True, remotes, self._old.cache_size, self._old.attach_via)
+        if new != meant:
+            raise UsageError(by_hand)
+        # Through a link, so that a file kept elsewhere (a repository of settings) stays there.
+        files.publish(file.resolve(), text.encode())
+
+
+@contextlib.contextmanager
+def _editing(file: Path) -> Iterator[tuple[Config, str, _Write]]:
+    """The configuration, its text, and what writes it; one editor at a time."""
+    files.make_folder(file.parent)
+    with files.opened(file.parent, os.O_RDONLY | os.O_DIRECTORY) as folder:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        old = load(file)
+        text = file.read_text(encoding="utf-8") if old.exists else ""
+        yield old, text, _Write(old)
+
+
+def _key(name: str) -> str:
+    """`name` as a TOML key: a dot has to be quoted."""
+    return f'"{name}"' if "." in name else name
+
+
+def _without_table(text: str, name: str) -> str:
+    """`text` without the table [remotes.NAME]; comments above the next one stay with that."""
+    header = re.compile(rf"\s*\[\s*remotes\s*\.\s*[\"']?{re.escape(name)}[\"']?\s*\]\s*(#.*)?")
+    lines = text.splitlines(keepends=True)
+    starts = [n for n, line in enumerate(lines) if header.fullmatch(line.rstrip("\r\n"))]
+    if not starts:
+        return text
+    stop = starts[0] + 1
+    while stop < len(lines) and not _HEADER.match(lines[stop]):
+        stop += 1
+    if stop < len(lines):
+        while lines[stop - 1].lstrip().startswith("#"):
+            stop -= 1
+    return "".join(lines[: starts[0]] + lines[stop:])
