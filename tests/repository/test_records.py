@@ -106,6 +106,13 @@ def test_too_long() -> None:
         encode_record({"why": "x" * MAX_RECORD})
 
 
+def test_a_member_that_is_there_twice() -> None:
+    """Which one counts would depend on the reader."""
+    for data in (b'{"a": 1, "a": 1}', b'{"a": {"b": 1, "b": 2}}'):
+        with pytest.raises(ValueError, match="twice"):
+            parse(data)
+
+
 def test_types_are_strict() -> None:
     assert parse(b'{"a": 1}') == {"a": 1}
     for value in (True, 1.0, "1", None):
