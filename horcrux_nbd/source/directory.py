@@ -22,6 +22,7 @@ from ..units import GiB, MiB, format_size, round_up
 from .base import Source, check_range
 from .ext4_fill import Piece, fill, wanted_blocks
 from .ext4_make import MIN_SIZE, TIMESTAMP, Geometry, check_ext4, coarse, inodes_for, make_ext4
+from .ext4_read import read_layout
 from .layout import Layout
 from .libext2fs import BLOCK, INODE, Ext4
 from .raw import data_ranges
@@ -117,10 +118,10 @@ class Ext4Source(Source):
             if _free(filesystem) < bytes_free or self._tree.files + _OWN_INODES > filesystem.inodes:
                 return None
             try:
-                pieces, self._places = fill(filesystem, self._file.fd, self._tree, previous)
+                pieces = fill(filesystem, self._file.fd, self._tree, previous)
             except OutOfSpace:
                 return None
-        self.size, self._geometry = geometry.size, geometry
+        self.size = geometry.size
         return pieces
 
     def _choose(self, needed: int, free: int | None) -> Geometry:
@@ -159,7 +160,7 @@ class Ext4Source(Source):
     @property
     def layout(self) -> Layout:
         """Where everything lies, for the next version."""
-        return Layout(self._geometry, {entry.path(): place for entry, place in self._places})
+        return read_layout(self.read)
 
     # ---- reading -------------------------------------------------------------------------------
 

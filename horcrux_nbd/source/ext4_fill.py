@@ -17,7 +17,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..files import write_all
@@ -25,7 +25,7 @@ from ..units import MiB
 from . import ext4_inode, ext4_xattr
 from .ext4_directory import FILE_TYPES, directory_blocks
 from .ext4_inode import FAST_LINK, MAX_FILE_BLOCKS, MAX_LINKS, Extent
-from .layout import Layout, Place
+from .layout import Layout
 from .libext2fs import BLOCK, LOST_AND_FOUND, Ext4
 from .space import Space
 from .tree import Entry, Tree, show
@@ -46,14 +46,14 @@ class _Node:
 
     entry: Entry
     number: int = 0
-    extents: list[Extent] = field(default_factory=list)
+    extents: Sequence[Extent] = ()
     body: bytes | None = None  # what the inode holds in place of extents
     size: int = 0
     blocks: int = 0  # all it takes
     indexed: bool = False
     xattrs: bytes = b""
     xattr_block: int = 0
-    tree: list[int] = field(default_factory=list)  # blocks of its extent tree
+    tree: Sequence[int] = ()  # blocks of its extent tree
 
 
 def blocks_of(size: int) -> int:
@@ -73,13 +73,11 @@ def wanted_blocks(entry: Entry) -> list[Range]:
     return wanted
 
 
-def fill(
-    filesystem: Ext4, fd: int, tree: Tree, previous: Layout | None = None
-) -> tuple[list[Piece], list[tuple[Entry, Place]]]:
+def fill(filesystem: Ext4, fd: int, tree: Tree, previous: Layout | None = None) -> list[Piece]:
     """Put `tree` into the empty `filesystem`, whose image is open as `fd`.
 
-    It has inodes enough for it. Returns the pieces, ascending, and where everything lies. Raises
-    OutOfSpace if it has too few blocks, UsageError for a file that ext4 cannot hold.
+    It has inodes enough for it. Returns the pieces, ascending. Raises OutOfSpace if it has too
+    few blocks, UsageError for a file that ext4 cannot hold.
     """
     return _Filler(filesystem, fd, tree, previous).run()
 
@@ -103,7 +101,7 @@ class _Filler:
         self._xattr_claims: dict[Entry, list[int]] = {}
         self._marked = (0, 0)  # start and count of blocks that are taken and not yet marked so
 
-    def run(self) -> tuple[list[Piece], list[tuple[Entry, Place]]]:
+    def run(self) -> list[Piece]:
         self._number()
         self._claim()
         for node in self._nodes:
@@ -122,14 +120,7 @@ class _Filler:
             self._write_inode(node)
         self._mark(0, 0)
         pieces.sort(key=lambda piece: piece[0])
-        places = [
-            (
-                node.entry,
-                Place(node.number, tuple(node.extents), tuple(node.tree), node.xattr_block),
-            )
-            for node in self._nodes
-        ]
-        return pieces, places
+        return pieces
 
     # ---- inodes --------------------------------------------------------------------------------
 
