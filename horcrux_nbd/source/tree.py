@@ -2,8 +2,7 @@
 
 Everything is read in one pass before the first byte of the image is made, so what cannot be read
 is known before anything is stored. Contents are read later; `Tree.changes` then tells what is no
-longer as it was. Memory: 0.6 KB per file, 1 KB while the
-image is made (measured).
+longer as it was. Memory: 0.6 KB per file, 1 KB while the image is made (measured).
 
 Mount points below the directory are entered. File systems that the kernel makes up (/proc, /sys
 …) are left out, their mount point stays as an empty directory.
@@ -281,7 +280,8 @@ class Tree:
         return True
 
     def _cannot(self, path: bytes, error: OSError) -> None:
-        self._unreadable.append(f"{show(path)} ({error.strerror})")
+        whole = os.path.normpath(os.path.join(self._path, path))
+        self._unreadable.append(f"{show(whole)} ({error.strerror})")
 
     # ---- reading -------------------------------------------------------------------------------
 

@@ -241,6 +241,24 @@ def test_no_room_for_a_file_system(tmp_path: Path, size: int) -> None:
         open_source(tmp_path / "tree", size=size)
 
 
+@needs_root
+def test_without_any_rights(tmp_path: Path) -> None:
+    """The whole way in, as a user: no root, no mount, no loop device."""
+    for folder in [tmp_path, *tmp_path.parents][:3]:
+        folder.chmod(0o755)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(b"x" * 10_000)
+    (tmp_path / "own").mkdir()
+    os.chown(tmp_path / "own", 65534, 65534)
+    os.seteuid(65534)
+    try:
+        with open_source(tmp_path / "tree", temporary=tmp_path / "own") as source:
+            content = b"".join(source.read(*extent) for extent in source.extents())
+            assert b"x" * 10_000 in content
+    finally:
+        os.seteuid(0)
+
+
 # ---- temporary space ----------------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ def test_unreadable_files_are_all_counted(tmp_path: Path) -> None:
     finally:
         os.seteuid(0)
     message = str(error.value)
-    assert "secret0 (Permission denied)" in message
+    assert f"{tmp_path}/secret0 (Permission denied)" in message
     assert "and 3 more" in message
     assert "\n" not in message
 
