@@ -10,9 +10,12 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from .units import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 PLAIN_INTERVAL = 5.0  # seconds between lines where there is no terminal (a CI log)
 
@@ -45,7 +48,7 @@ class Progress:
 
 
 class PlainProgress(Progress):
-    """A line at the start and end of a stage and every few seconds between."""
+    """A line at the end of a stage, and every few seconds before."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._lock = stream, threading.Lock()
@@ -70,6 +73,9 @@ class PlainProgress(Progress):
             self._print(now)
 
     def _print(self, now: float) -> None:
+        if not self._done and not self._total:  # a stage that counts nothing
+            print(self._what, file=self._stream, flush=True)
+            return
         rate = self._done / max(now - self._began, 1e-6)
         of = f" of {format_size(self._total)}" if self._total else ""
         left = ""
@@ -118,15 +124,22 @@ class BarProgress(Progress):
             TimeRemainingColumn(),
             console=Console(file=stream),
         )
-        self._task: object = None
+        self._task: TaskID | None = None
         self._bar.start()
 
     def start(self, what: str, total: int | None = None) -> None:
+        self._finish()
         self._task = self._bar.add_task(what, total=total)
 
     def advance(self, count: int) -> None:
         if self._task is not None:
-            self._bar.advance(self._task, count)  # type: ignore[arg-type]
+            self._bar.advance(self._task, count)
+
+    def _finish(self) -> None:
+        """Let the bar of a stage stand still: one without a total would go on pulsing."""
+        if self._task is not None:
+            done = next(task.completed for task in self._bar.tasks if task.id == self._task)
+            self._bar.update(self._task, total=done, completed=done)
 
     def note(self, line: str) -> None:
         self._bar.console.print(line, markup=False, highlight=False)

@@ -29,10 +29,11 @@ def _open() -> Cache | None:
 
 @click.group()
 def cache() -> None:
-    """Look at and shrink the cache: verified chunks, shared by all volumes of this host.
+    """Look at the cache, or shrink it.
 
-    It bounds itself, never holds the only copy of anything, and may be trimmed or cleared while
-    volumes are mounted: what is missing is fetched again.
+    It holds verified chunks, shared by all volumes of this host. It bounds itself, never holds the
+    only copy of anything, and may be trimmed or cleared while volumes are mounted: what is missing
+    is fetched again.
 
     \b
     horcrux-cli cache size

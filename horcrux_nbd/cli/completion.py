@@ -15,7 +15,7 @@ SHELLS = {
 @click.argument("shell", type=click.Choice(list(SHELLS)))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a script that lets a shell complete commands, volumes and remotes.
+    """Print a script that completes words in your shell.
 
     \b
     bash   echo 'eval "$(horcrux-cli completion bash)"' >> ~/.bashrc

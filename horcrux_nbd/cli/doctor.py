@@ -20,10 +20,10 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.option("--write", is_flag=True, help="Also try to write to REPO (a probe, then removed).")
 @output.json_option
 def doctor(repo: str | None, write: bool, as_json: bool) -> None:
-    """Check what Horcrux needs on this machine, and in REPO, and say how to mend it.
+    """Check what Horcrux needs here, and say how to mend it.
 
-    Each line is ok, warn (something is not possible or not good, the rest works) or fail. Exit code
-    9 if something failed.
+    With REPO: also whether that can be read. Each line is ok, warn (something is not possible or
+    not good, the rest works) or fail. Exit code 9 if something failed.
 
     \b
     horcrux-cli doctor

@@ -47,6 +47,11 @@ def when(iso: str) -> str:
         return printable(iso)
 
 
+def who(author: str) -> str:
+    """The name in `Name <mail>`, for a table."""
+    return author.partition("<")[0].strip() or author
+
+
 def short(oid: bytes | str) -> str:
     """The beginning of an id, long enough to name it."""
     return (oid.hex() if isinstance(oid, bytes) else oid)[:SHORT_ID]

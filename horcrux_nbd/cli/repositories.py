@@ -152,7 +152,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.commit is None:
         return name, output.short(row.id), "", "", "", row.problem
     size, time = format_size(row.commit.size), output.when(row.commit.time)
-    return name, output.short(row.id), size, time, row.commit.author, row.commit.message
+    return name, output.short(row.id), size, time, output.who(row.commit.author), row.commit.message
 
 
 def rows_of(repository: Repository) -> Iterator[Row]:
@@ -229,7 +229,7 @@ def log(repo: str, version: str | None, limit: int, as_json: bool) -> None:
                 ", ".join(names.get(i, [])),
                 format_size(commit.size),
                 output.when(commit.time),
-                commit.author,
+                output.who(commit.author),
                 commit.message,
             )
             for i, commit in rows

@@ -13,7 +13,7 @@ from . import output
 @click.command()
 @output.json_option
 def config(as_json: bool) -> None:
-    """Show the configuration that is in effect, and the file that it is from.
+    """Show the configuration that is in effect.
 
     The file is TOML ($HORCRUX_CONFIG, else /etc/horcrux/config.toml for root, else
     ~/.config/horcrux/config.toml). All it can hold:

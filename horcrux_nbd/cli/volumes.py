@@ -15,6 +15,7 @@ from ..errors import HorcruxError, NotFound, UsageError
 from ..names import Version, check_name, parse_version
 from ..units import format_size
 from . import output
+from .versions_status import versions_json, versions_line
 from .words import REPO, VOLUME, existing_folder, volume_state
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def _options() -> dict[str, str]:
 @read_only_option
 @output.json_option
 def create(volume: str, repo: str, version: str, read_only: bool, as_json: bool) -> None:
-    """Make VOLUME, a writable copy of VERSION in REPO. Fetches nothing yet.
+    """Make a volume: a writable copy of VERSION in REPO.
 
-    It stays on the version that VERSION means now, also when its branch moves on.
+    Fetches nothing yet. It stays on the version that VERSION means now, also when its branch moves
+    on.
 
     \b
     horcrux-cli create amcc cp:///opt/horcrux-amcc AMCC
@@ -72,9 +74,10 @@ def create(volume: str, repo: str, version: str, read_only: bool, as_json: bool)
 @click.argument("volume", type=VOLUME)
 @click.option("-f", "--force", is_flag=True, help="Also when there are changes: they are lost.")
 def rm(volume: str, force: bool) -> None:
-    """Remove VOLUME and what was written to it; the repository is not touched.
+    """Remove a volume and what was written to it.
 
-    Refuses when there are changes, which exist nowhere else, unless forced; and while it is in use.
+    The repository is not touched. Refuses when there are changes, which exist nowhere else, unless
+    forced; and while it is in use.
 
     \b
     horcrux-cli rm amcc
@@ -103,7 +106,7 @@ def mount(
     options: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Mount VOLUME on DIR: serve, attach and mount in one go.
+    """Mount a volume on DIR: serve, attach, mount in one go.
 
     With three words, as the original Horcrux had it: the image NAME of the repository ACCESS-URL,
     in a volume of that name, which is made if it is missing.
@@ -167,9 +170,10 @@ def _make_missing(name: str, repo: str) -> bool:
 @click.argument("volume", type=VOLUME, metavar="VOLUME|DIR")
 @click.option("-f", "--force", is_flag=True, help="Take it away from who uses it; writes may fail.")
 def umount(volume: str, force: bool) -> None:
-    """Unmount VOLUME (or what is mounted on DIR), detach it and stop its server.
+    """Unmount a volume, detach it and stop its server.
 
-    Everything that was written is safe on disk then. Refuses while somebody uses it, and says who.
+    VOLUME may be the folder that it is mounted on. Everything that was written is safe on disk
+    then. Refuses while somebody uses it, and says who.
 
     \b
     horcrux-cli umount amcc
@@ -196,7 +200,9 @@ def volume_state_of(name: str) -> Any:
 @read_only_option
 @output.json_option
 def attach(volume: str, via: str | None, read_only: bool, as_json: bool) -> None:
-    """Make VOLUME a block device of this host, served by nbdkit; prints the device.
+    """Make a volume a block device of this host.
+
+    Serves it with nbdkit and prints the device.
 
     \b
     horcrux-cli attach amcc          # then: fsck -n, dd, mount, …
@@ -215,9 +221,10 @@ def attach(volume: str, via: str | None, read_only: bool, as_json: bool) -> None
 @click.argument("volume", type=VOLUME)
 @click.option("-f", "--force", is_flag=True, help="Take it away from who uses it; writes may fail.")
 def detach(volume: str, force: bool) -> None:
-    """Release the block device of VOLUME and stop its server; also ends `serve`.
+    """Release a volume's device and stop its server.
 
-    Refuses while it is mounted or open, and says by whom. Cleans up what a crash left.
+    Also ends `serve`. Refuses while it is mounted or open, and says by whom. Cleans up what a crash
+    left.
 
     \b
     horcrux-cli detach amcc
@@ -240,9 +247,9 @@ def detach(volume: str, force: bool) -> None:
 def serve(
     volume: str, socket: str | None, foreground: bool, read_only: bool, as_json: bool
 ) -> None:
-    """Serve VOLUME on a Unix socket, for VMs and NBD tools; prints its NBD URI. Needs no root.
+    """Serve a volume on a socket, for VMs and NBD tools.
 
-    `horcrux-cli detach VOLUME` ends it.
+    Prints its NBD URI. Needs no root. `horcrux-cli detach VOLUME` ends it.
 
     \b
     horcrux-cli serve amcc
@@ -294,7 +301,7 @@ def _stay(volume: str, pid: int) -> None:
 @click.argument("volume", required=False, type=VOLUME)
 @output.json_option
 def status(volume: str | None, as_json: bool) -> None:
-    """Show the volumes of this host: fetched, cached, changed, attached where.
+    """Show volumes: cached, changed, attached where.
 
     CACHED is how much of the version is on this host already, CHANGED what was written over it,
     FETCHED what the running server got from the repository.
@@ -330,6 +337,13 @@ def _size(value: int | None) -> str:
     return "?" if value is None else format_size(value)
 
 
+def _cached(cached: int | None, data: int | None) -> str:
+    if cached is None:
+        return "?"  # too large to count in passing
+    of = "" if data is None else f" of {format_size(data)} of data"
+    return format_size(cached) + of
+
+
 def _fetched(one: VolumeStatus) -> int | None:
     return None if one.figures is None else int(one.figures["fetched_bytes"])
 
@@ -362,12 +376,13 @@ def _facts(one: VolumeStatus) -> list[tuple[str, str]]:
         ("repository", state.repository),
         ("created", output.when(state.created)),
         ("size", format_size(state.size)),
-        ("cached", f"{_size(survey.cached)} of {_size(survey.data)}"),
+        ("cached", _cached(survey.cached, survey.data)),
         (
             "changed",
             f"{format_size(survey.written)} written, {format_size(survey.zeroed)} zeroed; "
             f"{format_size(survey.disk)} on disk",
         ),
+        ("versions", versions_line(one.name)),
         ("fetched", "" if fetched is None else f"{format_size(fetched)} since it is served"),
         ("server", f"process {one.server.pid}, {nbd_uri(one.server.socket)}" if one.server else ""),
         ("device", f"{one.attachment.device} (via {one.attachment.via})" if one.attachment else ""),
@@ -382,6 +397,7 @@ def _described(one: VolumeStatus) -> dict[str, Any]:
     server, attachment = one.server, one.attachment
     return {
         "name": one.name,
+        **versions_json(one.name),
         "repository": state.repository,
         "image": state.image,
         "ref": state.ref,
