@@ -160,10 +160,14 @@ class FileLock:
                 raise Busy(
                     f"{self.what} is in use by process {holder or '(unknown)'}: stop it first"
                 ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._fd = fd
+        self.note_holder()
         return self
+
+    def note_holder(self) -> None:
+        """Write down who holds it: after a fork, which takes the lock along, it is the child."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         if self._fd >= 0:

@@ -36,11 +36,13 @@ except ImportError as error:
         "(/usr/bin/python3 -m venv), and take the plugin's path from its `horcrux-cli plugin-path`"
     ) from None
 
+serving.tell_in_one_line()
 server = serving.Server()
 
 
 def dump_plugin():
     print(f"horcrux_version={serving.__version__}")
+    print(f"horcrux_keys={' '.join(serving.KEYS)}")
 
 
 def thread_model():
@@ -49,9 +51,6 @@ def thread_model():
 
 def config(key, value):
     server.configure(key, value)
-
-
-config_help = serving.CONFIG_HELP
 
 
 def config_complete():
@@ -66,7 +65,7 @@ def after_fork():
     server.start()
 
 
-def unload():
+def cleanup():  # nbdkit calls no `unload` of a script, and this when all clients are gone
     server.stop()
 
 
@@ -144,6 +143,7 @@ def _reported(call):
             return call(*args)
         except Exception as error:
             nbdkit.set_error(serving.errno_of(error))
+            serving.log.debug("%s failed", call.__name__, exc_info=True)
             raise
 
     return callback
@@ -168,7 +168,7 @@ def flush(h, flags):
 
 @_reported
 def trim(h, count, offset, flags):
-    h.zero(offset, count)
+    h.trim(offset, count)
     if flags & nbdkit.FLAG_FUA:
         h.flush()
 
@@ -176,7 +176,8 @@ def trim(h, count, offset, flags):
 @_reported
 def zero(h, count, offset, flags):
     if flags & nbdkit.FLAG_FAST_ZERO and not h.zero_is_fast(offset, count):
-        raise OSError(errno.EOPNOTSUPP, "zeroing parts of blocks here needs the store")
+        nbdkit.set_error(errno.EOPNOTSUPP)  # nbdkit looks at it first: no failure, and no log line
+        return
     h.zero(offset, count)
     if flags & nbdkit.FLAG_FUA:
         h.flush()

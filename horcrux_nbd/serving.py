@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .volume import volume as volumes
 from .volume.state import Pending
 from .volume.volume import Volume
 
-__all__ = ["BLOCK_SIZES", "CONFIG_HELP", "Server", "__version__", "errno_of", "extents"]
+__all__ = ["BLOCK_SIZES", "KEYS", "Server", "__version__", "errno_of", "extents"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ KEYS = {
     "control": "path of a socket that tells this server's figures (horcrux-cli uses it)",
     "log": "debug, info, warning (default) or error",
 }
-CONFIG_HELP = "\n".join(f"{key}=<{key.upper()}>  {text}." for key, text in KEYS.items())
 
 # Smallest, preferred, largest request. Anything works; whole 4 KiB blocks need no reading first.
 BLOCK_SIZES = (1, 4096, 32 * MiB)
@@ -53,9 +53,23 @@ _YES = {"1": True, "true": True, "on": True, "yes": True}
 _NO = {"0": False, "false": False, "off": False, "no": False}
 
 
+# Everything else is EIO: nbdkit makes EINVAL of what the protocol has no number for, as if the
+# client had asked for something wrong.
+_TOLD = {
+    errno.ENOSPC: errno.ENOSPC,
+    errno.EDQUOT: errno.ENOSPC,
+    errno.ENOMEM: errno.ENOMEM,
+    errno.EROFS: errno.EROFS,
+}
+
+
 def errno_of(error: BaseException) -> int:
-    """The errno that the client gets."""
-    return getattr(error, "errno", None) or errno.EIO
+    """The errno that the client gets for a failed request."""
+    if isinstance(error, UsageError):
+        return errno.EINVAL
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    return _TOLD.get(getattr(error, "errno", None) or 0, errno.EIO)
 
 
 class Server:
@@ -100,10 +114,15 @@ class Server:
         self._cache_size()
         self._limit()
         _set_up_log(values.get("log", os.environ.get("HORCRUX_LOG", "warning")))
+        for key in ("overlay", "cache", "control"):
+            if key in values:
+                values[key] = os.path.abspath(values[key])  # nbdkit goes to / when it forks
         if "volume" in values:
             name = values["volume"]
             self._folder = (
-                Path(name) if "/" in name else paths.volumes() / check_name("volume", name)
+                Path(os.path.abspath(name))
+                if "/" in name
+                else paths.volumes() / check_name("volume", name)
             )
         elif "overlay" in values:
             self._folder = Path(values["overlay"])
@@ -129,7 +148,9 @@ class Server:
         return limit
 
     def prepare(self) -> None:
-        """Check all that can be wrong, make the overlay. Leaves no thread and no connection."""
+        """Check all that can be wrong, make the overlay, open it. Leaves no thread and no
+        connection, which a fork would not take along.
+        """
         values = self._values
         self._resolved = volumes.prepare(
             self._folder,
@@ -138,13 +159,12 @@ class Server:
             values.get("ref"),
             read_only=self._flag("readonly"),
         )
-        # Opened once here for its errors: a served, damaged or foreign one is told on the spot.
-        with_volume = self._open()
-        self.export = with_volume.base.commit.image
-        self.description = f"{with_volume.name}: {with_volume.base.commit.message}".strip(": ")[
-            :200
-        ]
-        with_volume.close()
+        # For good, and not only for its errors: the lock goes along when nbdkit forks, so whoever
+        # is second is told on the command line. Threads and connections come with the first use.
+        self._volume = self._open()
+        commit = self._volume.base.commit
+        self.export = commit.image
+        self.description = f"{self._volume.name}: {commit.message}".strip(": ")[:200]
 
     def _open(self) -> Volume:
         cache = self._values.get("cache")
@@ -169,8 +189,9 @@ class Server:
     # ---- after it
 
     def start(self) -> None:
-        """Open the volume for good."""
-        self._volume = self._open()
+        """This process serves the volume."""
+        assert self._volume is not None
+        self._volume.forked()
         if path := self._values.get("control"):
             self._volume.warm_index()
             self._control = ControlServer(
@@ -256,4 +277,23 @@ def _set_up_log(level: str) -> None:
 
 def message_of(error: BaseException) -> str:
     """The line that a user sees."""
-    return str(error) if isinstance(error, HorcruxError) else repr(error)
+    if isinstance(error, HorcruxError) or not isinstance(error, OSError):
+        return str(error)
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def tell_in_one_line() -> None:
+    """Let nbdkit's error lines hold the message of an error, without a traceback.
+
+    nbdkit 1.32 prints what `traceback.format_exception` makes of anything that a callback raises
+    (its plugins/python/errors.c), and has no other way. A bug of ours keeps its traceback.
+    """
+    everything = traceback.format_exception
+
+    def format_exception(kind: Any, error: Any = None, trace: Any = None, **options: Any) -> Any:
+        if isinstance(error, (HorcruxError, OSError)):
+            return [message_of(error)]
+        return everything(kind, error, trace, **options)
+
+    setattr(traceback, everything.__name__, format_exception)

@@ -48,6 +48,7 @@ class Volume:
         self.versions = threading.Lock()  # one freeze or seal at a time
         self.fresh = sealing.Fresh(self)
         self._warmer: IndexWarmer | None = None
+        self._lock: files.FileLock | None = None
         self.size = base.commit.size
         self.base = base
         self.overlay = overlay
@@ -66,7 +67,8 @@ class Volume:
         read_only: bool = False,
         store_limit: float = STORE_LIMIT,
     ) -> Volume:
-        """Open the volume in `folder` and lock it. Works with the store away.
+        """Open the volume in `folder` and lock it. Works with the store away. Starts no thread and
+        connects to nothing, so the process may fork before the volume is used.
 
         Raises Busy where it is served already, NotFound, Damaged.
         """
@@ -95,7 +97,9 @@ class Volume:
                 state.repository, state.repository_id, commit, store_limit, resources
             )
             base = Base(repository, commit, cache_, local)
-            return cls(name, base, Overlay(layers, base), resources, folder)
+            volume = cls(name, base, Overlay(layers, base), resources, folder)
+            volume._lock = lock
+            return volume
         except BaseException:
             for layer in layers:
                 layer.close()
@@ -122,6 +126,11 @@ class Volume:
             _close(resources)
             raise
         return cls(str(resolved.version), base, None, resources)
+
+    def forked(self) -> None:
+        """This process serves it now: let the lock say so."""
+        if self._lock is not None:
+            self._lock.note_holder()
 
     @property
     def read_only(self) -> bool:
@@ -213,6 +222,8 @@ class Volume:
         try:
             self.flush()
         finally:
+            self.base.close(wait=False)
+            self.base.repository.store.close()  # ends what waits for a store that is away
             if self._warmer is not None:
                 self._warmer.stop()
             self.base.close()
