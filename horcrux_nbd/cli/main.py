@@ -14,7 +14,20 @@ import click
 
 from .. import __version__
 from ..errors import HorcruxError
-from . import cache, completion, doctor, generate, repositories, settings, volumes
+from . import (
+    cache,
+    completion,
+    doctor,
+    generate,
+    repositories,
+    settings,
+    versions,
+    versions_diff,
+    versions_log,
+    versions_move,
+    versions_refs,
+    volumes,
+)
 from .words import WORDS
 
 PROGRAM = "horcrux-cli"
@@ -24,7 +37,13 @@ OUTPUT_CLOSED = 141  # 128 + SIGPIPE
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "The way in": (generate.generate, repositories.verify),
-    "What is there": (repositories.ls, repositories.log, repositories.show, volumes.status),
+    "What is there": (
+        repositories.ls,
+        versions_log.log,
+        versions_log.show,
+        versions_diff.diff,
+        volumes.status,
+    ),
     "Volumes": (
         volumes.create,
         volumes.mount,
@@ -33,6 +52,19 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         volumes.detach,
         volumes.serve,
         volumes.rm,
+    ),
+    "Versions": (
+        versions.commit,
+        versions.push,
+        versions.fetch,
+        versions.pull,
+        versions_move.checkout,
+        versions_refs.branch,
+        versions_refs.tag,
+        versions_refs.reflog,
+        versions_move.revert,
+        versions_move.reset,
+        versions_move.stash,
     ),
     "This host": (
         cache.cache,
@@ -71,8 +103,8 @@ class Commands(click.Group):
         for title, commands in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl(
-                    [(str(command.name), command.get_short_help_str(70)) for command in commands],
-                    col_max=12,
+                    [(str(command.name), command.get_short_help_str(66)) for command in commands],
+                    col_max=11,
                 )
 
 

@@ -5,7 +5,7 @@ running workload; a push brings to the store what it lacks and moves the branch.
 the state before or after it, and one that was broken off is taken up by the next.
 """
 
-from .branches import delete_branch, make_branch
+from .branches import delete_branch, make_branch, tag_volume
 from .commit import Committed, NothingToCommit, commit
 from .move import (
     Changes,
@@ -52,4 +52,5 @@ __all__ = [
     "stash_drop",
     "stash_pop",
     "stashes",
+    "tag_volume",
 ]

@@ -10,6 +10,7 @@ from ..repository.refs import BranchRecord, suggest
 from ..repository.repository import Repository
 from ..volume.cache import Cache
 from .history import Commits
+from .session import Session
 
 MOST = 100_000  # versions looked at, to see whether a branch's own would be lost
 
@@ -62,3 +63,19 @@ def _reached_otherwise(
     return any(
         oid == commit for tip in tips for oid, _ in itertools.islice(commits.line(tip), MOST)
     )
+
+
+def tag_volume(name: str, tag: str, *, author: str, message: str = "") -> bytes:
+    """Name the version that a volume lies on with a tag in its repository; its id.
+
+    Raises UsageError where it was never pushed, or the tag is taken.
+    """
+    check_name("tag", tag)
+    with Session(name, lock=False) as session:
+        if session.own_commits():
+            raise UsageError(f"volume {name} lies on a version that was never pushed: push it")
+        base = session.base
+        session.repository.refs.make_tag(
+            session.state.image, tag, base, author=author, message=message
+        )
+        return base

@@ -22,7 +22,9 @@ from ..repository.commits import Commit, now
 from ..repository.objects import Kind, encode, object_id, object_key
 from ..units import format_size
 from ..volume import state as states
+from ..volume.blockmap import BASE
 from ..volume.layer import BLOCK_SIZE, Layer
+from ..volume.pack import only_bookkeeping, written_blocks
 from ..volume.state import LayerName, Line, Seen, Stash, VolumeState
 from . import reflog
 from .commit import NothingToCommit, settled
@@ -60,15 +62,34 @@ class Moved:
 
 
 def changed_bytes(session: Session) -> int:
-    """Bytes of the image that were written or zeroed since the version below, whole blocks."""
-    total = 0
+    """Bytes of the image that were written or zeroed since the version below, whole blocks.
+
+    What ext4 notes in its superblock when it is only mounted and unmounted counts as nothing.
+    """
     state = session.state
-    for name in state.layers:
-        folder = states.layer_folder(session.folder, name)
-        layer = Layer(folder, bytes.fromhex(name.id), state.size).open(read_only=True)
-        total += sum(layer.blocks.count()) * BLOCK_SIZE
-        layer.close()
-    return total
+    with contextlib.ExitStack() as stack:
+        layers = []
+        for name in state.layers:
+            folder = states.layer_folder(session.folder, name)
+            layer = Layer(folder, bytes.fromhex(name.id), state.size).open(read_only=True)
+            stack.callback(layer.close)
+            layers.append(layer)
+        total = sum(sum(layer.blocks.count()) for layer in layers)
+        if 0 < total <= len(layers) and _only_bookkeeping(session, layers):
+            return 0
+    return total * BLOCK_SIZE
+
+
+def _only_bookkeeping(session: Session, layers: list[Layer]) -> bool:
+    if any(layer.blocks.state(0) == BASE and sum(layer.blocks.count()) for layer in layers):
+        return False  # another block than the first
+    base = session.commit(session.base)
+    try:
+        old = session.local.content(session.local.index(base).lookup(0))
+    except NotFound:  # its index is not on this host: nobody knows what was there
+        return False
+    written = written_blocks(layers, base, 0)
+    return old is not None and only_bookkeeping(old[:BLOCK_SIZE], written[0])
 
 
 @contextlib.contextmanager

@@ -185,14 +185,21 @@ class Packer:
         return merged, chain_over(below)
 
 
+# Of ext4's superblock: when and where it was mounted and how often, when it was written last, the
+# kilobytes written in all, and the checksum (fs/ext4/ext4.h, struct ext4_super_block).
+_BOOKKEEPING = (
+    (0x2C, 4), (0x30, 4), (0x34, 2), (0x88, 64), (0x178, 8), (0x274, 2), (0x3FC, 4),
+)  # fmt: skip
+
+
 def only_bookkeeping(old: bytes, new: bytes) -> bool:
-    """Whether block 0 differs only in what ext4 writes there with each freeze: the time of the last
-    write, the kilobytes written in all, and the checksum (fs/ext4/ext4.h, struct ext4_super_block).
+    """Whether block 0 differs only in what ext4 notes there with each freeze, mount and unmount,
+    though nobody writes anything.
     """
     if any(block[0x438:0x43A] != b"\x53\xef" for block in (old, new)):
         return False
     a, b = bytearray(old), bytearray(new)
-    for offset, length in ((0x30, 4), (0x178, 8), (0x274, 1), (0x3FC, 4)):
+    for offset, length in _BOOKKEEPING:
         at = 1024 + offset
         a[at : at + length] = b[at : at + length] = bytes(length)
     return a == b
