@@ -27,7 +27,7 @@ def open_store(
     store for a while. Raises UsageError, StoreMissing, StoreRefused, StoreUnavailable.
     """
     target = parse_store_url(url) if isinstance(url, str) else url
-    store = _make(target, min(LONGEST_TIMEOUT, limit / 4), concurrency)
+    store = _make(target, max(1.0, min(LONGEST_TIMEOUT, limit / 4)), concurrency)
     try:
         if create or check:
             opening = RetryStore(store, store.timeout + min(OPEN_LIMIT, limit))

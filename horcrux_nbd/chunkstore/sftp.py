@@ -242,6 +242,7 @@ class SftpStore(ChunkStore):
     def _publish(self, key: str, data: bytes, *, exclusive: bool) -> None:
         target = self._path(key)
         folder = posixpath.dirname(target)
+        taken = False
         temporary = folder + b"/" + TEMPORARY_PREFIX.encode() + secrets.token_hex(8).encode()
         with self._pool.session() as session:
             try:
@@ -260,13 +261,18 @@ class SftpStore(ChunkStore):
                 self._rename(session, temporary, target, above, exclusive=exclusive)
             except Status as status:
                 session.drop(session.request(sftp_wire.REMOVE, text(temporary)))
-                if (
-                    exclusive
-                    and status.code == sftp_wire.FAILURE
-                    and self._is_there(session, target)
-                ):
+                there = status.code == sftp_wire.FAILURE and self._is_there(session, target)
+                if there and exclusive:
                     raise KeyExists(self.url, key) from None
-                raise self._cannot_store(session, status, key, len(data)) from None
+                if not there or sftp_wire.POSIX_RENAME in session.extensions:
+                    raise self._cannot_store(session, status, key, len(data)) from None
+                taken = True
+        # A server that cannot replace: most objects are named by their bytes, and need not be.
+        if taken and self.get(key) != data:
+            raise StoreError(
+                f"{self.url}: {key} is there, and this server has no way to replace it "
+                f"({sftp_wire.POSIX_RENAME.decode()})"
+            )
 
     def _cannot_store(self, session: Session, status: Status, key: str, size: int) -> StoreError:
         if status.code == sftp_wire.FAILURE:

@@ -150,7 +150,7 @@ class Pool:
                 moved = self._changed.wait(self._timeout)
                 stands = time.monotonic() - max(began, self._worked) > self._timeout
                 if not moved and stands:
-                    raise StoreUnavailable(f"{self._url}: no answer in {self._timeout:.0f} s")
+                    raise StoreUnavailable(f"{self._url}: no answer in {self._timeout:.3g} s")
 
     def _open(self, connection: ssh.Connection) -> Session:
         transport = connection.transport

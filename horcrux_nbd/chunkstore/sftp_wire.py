@@ -207,7 +207,7 @@ class Session:
                 # Piece by piece: paramiko's sendall copies the whole rest for each packet.
                 view = view[self._channel.send(bytes(view[:PIECE])) :]
         except TimeoutError:
-            self._fail(f"no answer in {self._timeout:.0f} s")
+            self._fail(f"no answer in {self._timeout:.3g} s")
         except (OSError, EOFError, paramiko.SSHException) as error:
             self._fail(str(error) or "the connection broke")
 
@@ -225,7 +225,7 @@ class Session:
             try:
                 part = self._channel.recv(1 << 20)
             except TimeoutError:
-                self._fail(f"no answer in {self._timeout:.0f} s")
+                self._fail(f"no answer in {self._timeout:.3g} s")
             except (OSError, EOFError, paramiko.SSHException) as error:
                 self._fail(str(error) or "the connection broke")
             if not part:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from horcrux_nbd.chunkstore import ChunkStore, open_store
+from horcrux_nbd.chunkstore.wrapper import WrapperStore
 
 from ..servers.moto_s3 import S3Server
 from ..servers.sshd import Sshd
@@ -44,6 +48,23 @@ class TestLocal(Conformance):
     def place(self, tmp_path: Path) -> Place:
         folder = tmp_path / "deep" / "store with spaces"
         return Folder(folder, f"cp://{folder}", f"cp://{tmp_path}/nowhere/store")
+
+
+class SyncsEachPut(WrapperStore):
+    """So that what is found is found under its name, not among what waits for a sync."""
+
+    def put(self, key: str, data: bytes) -> None:
+        super().put(key, data)
+        self.sync()
+
+
+class TestLocalOnDisk(TestLocal):
+    """The folder as another process sees it."""
+
+    @pytest.fixture
+    def store(self, place: Place) -> Iterator[ChunkStore]:
+        with SyncsEachPut(open_store(place.url, create=True)) as store:
+            yield store
 
 
 class TestSftp(Conformance):

@@ -126,14 +126,16 @@ def told(s3: S3Server) -> Iterator[Told]:
             told.requests.append((self.command, self.path, dict(self.headers)))
             status, headers, body = told.answer(self.command, self.path)
             self.send_response(status)
-            headers = {"Content-Length": str(len(body)), **headers}
+            chunked = "Transfer-Encoding" in headers
+            if not chunked:
+                headers = {"Content-Length": str(len(body)), **headers}
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             with contextlib.suppress(OSError):
                 self.wfile.write(body)
-            if int(headers["Content-Length"]) != len(body):
-                self.close_connection = True
+            # Else a client that was promised more would wait for it.
+            self.close_connection = chunked or int(headers["Content-Length"]) != len(body)
 
         do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
 
@@ -232,6 +234,17 @@ def test_a_plain_put_has_no_condition(told: Told, bare: S3Store) -> None:
 
 def test_a_short_body_is_an_error(told: Told, bare: S3Store) -> None:
     told.answer = lambda method, path: (200, {"Content-Length": "10"}, b"12345")
+    with pytest.raises(StoreUnavailable):
+        bare.get("k")
+
+
+CHUNKED = {"Transfer-Encoding": "chunked"}
+
+
+def test_a_body_in_pieces(told: Told, bare: S3Store) -> None:
+    told.answer = lambda method, path: (200, CHUNKED, b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n")
+    assert bare.get("k") == b"hello world"
+    told.answer = lambda method, path: (200, CHUNKED, b"5\r\nhello\r\n")
     with pytest.raises(StoreUnavailable):
         bare.get("k")
 

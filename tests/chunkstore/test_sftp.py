@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from horcrux_nbd.chunkstore import ChunkStore, Stat, open_store, parse_store_url
+from horcrux_nbd.chunkstore import ChunkStore, Stat, open_store, parse_store_url, sftp_wire
 from horcrux_nbd.chunkstore.sftp import SftpStore
 from horcrux_nbd.errors import (
     KeyExists,
@@ -26,6 +27,7 @@ from horcrux_nbd.errors import (
     StoreUnavailable,
 )
 
+from ..servers.other_sftp import other_sftp
 from ..servers.proxy import Network, proxy
 from ..servers.sshd import Sshd, find_sftp_server, sshd
 
@@ -145,13 +147,15 @@ def test_a_dead_peer_and_many_readers(impatient: ChunkStore, network: Network) -
     """More of them than places: their limits do not add up."""
     impatient.put("a", b"1")
     network.stall()
-    began = time.monotonic()
+
+    def wait(_: int) -> float:
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            impatient.get("a")
+        return time.monotonic() - began
+
     with ThreadPoolExecutor(40) as threads:
-        futures = [threads.submit(impatient.get, "a") for _ in range(40)]
-        for future in futures:
-            with pytest.raises(StoreUnavailable):
-                future.result(60)
-    assert time.monotonic() - began < 12
+        assert max(threads.map(wait, range(40))) < 6.5  # limit=4, and some for a busy machine
     network.resume()
     assert impatient.get("a") == b"1"
 
@@ -223,16 +227,18 @@ def test_a_server_without_an_extension(
             with pytest.raises(KeyExists):
                 store.put_exclusive("a/c", b"3")
             if name == "posix-rename":
-                with pytest.raises(StoreError, match="cannot store a/b"):
+                store.put("a/b", b"1")
+                with pytest.raises(StoreError, match="no way to replace it"):
                     store.put("a/b", b"2")
                 assert store.get("a/b") == b"1"
+                assert [stat.key for stat in store.list()] == ["a/b", "a/c"]
 
 
 def test_no_sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with sshd(tmp_path / "sshd", sftp="/bin/false") as server:
         monkeypatch.setenv("HORCRUX_SSH_CONFIG", str(server.config))
         with pytest.raises(StoreError) as caught:
-            open_store(server.url(tmp_path), limit=2)
+            open_store(server.url(tmp_path), limit=20)
         assert "the server closed the connection" in str(caught.value)
 
 
@@ -240,7 +246,7 @@ def test_a_shell_that_greets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with sshd(tmp_path / "sshd", sftp="/bin/echo Welcome to this server") as server:
         monkeypatch.setenv("HORCRUX_SSH_CONFIG", str(server.config))
         with pytest.raises(StoreError, match="does its shell print something") as caught:
-            open_store(server.url(tmp_path), limit=2)
+            open_store(server.url(tmp_path), limit=20)
         assert "\n" not in str(caught.value)
 
 
@@ -251,6 +257,8 @@ def test_few_sessions_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             with ThreadPoolExecutor(8) as threads:
                 list(threads.map(lambda i: store.put(f"a/{i}", b"1"), range(40)))
             assert len(list(store.list())) == 40
+            (line,) = store.store._pool._lines  # type: ignore[attr-defined]
+            assert line.most == 2  # found out once, not with each put
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
@@ -378,6 +386,46 @@ def _connected_to(pid: int, ssh: Sshd) -> bool:
         if pid <= 1:
             return False
     return False
+
+
+def test_a_session_left_in_the_middle_is_not_used_again(ssh: Sshd, tmp_path: Path) -> None:
+    pool = SftpStore(parse_store_url(ssh.url(tmp_path)))._pool
+    with contextlib.suppress(RuntimeError), pool.session() as first:
+        first.request(sftp_wire.STAT, sftp_wire.text(b"/"))
+        raise RuntimeError
+    with pool.session() as second:
+        assert second is not first
+    with pool.session() as third:
+        assert third is second
+    assert sum(line.sessions for line in pool._lines) == 1
+    pool.close()
+
+
+def test_another_make_of_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sync, no limits, no full disk told, 32 KiB at once, and reads answered in part."""
+    with other_sftp(tmp_path / "server") as server:
+        monkeypatch.setenv("HORCRUX_SSH_CONFIG", str(server.config))
+        with open_store(server.url(tmp_path / "s"), create=True) as store:
+            data = os.urandom(100_001)
+            store.put("a/b", data)
+            assert store.get("a/b") == data
+            assert store.get("a/b", 31_000, 5_000) == data[31_000:36_000]
+            store.put_exclusive("a/c", b"1")
+            with pytest.raises(KeyExists):
+                store.put_exclusive("a/c", b"2")
+            assert store.get("a/c") == b"1"
+            store.put("a/b", data)  # it cannot replace, but there is nothing to be replaced
+            with pytest.raises(StoreError, match="no way to replace it"):
+                store.put("a/b", data[::-1])
+            assert store.get("a/b") == data
+            assert [stat.key for stat in store.list()] == ["a/b", "a/c"]
+            assert store.children("") == ["a"]
+            store.delete("a/b")
+            store.delete("a/b")
+            assert not store.exists("a/b")
+            with pytest.raises(StoreError):
+                store.put("a", b"1")
+            assert os.listdir(tmp_path / "s/a") == ["c"]
 
 
 def test_nothing_is_asked_until_it_is_needed(ssh: Sshd, network: Network, tmp_path: Path) -> None:

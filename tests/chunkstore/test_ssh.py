@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import getpass
 import os
+import socket
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from horcrux_nbd.chunkstore import open_store, parse_store_url
 from horcrux_nbd.chunkstore import ssh as ssh_module
 from horcrux_nbd.errors import StoreError, StoreRefused, StoreUnavailable
 
+from ..servers.moto_s3 import S3Server
 from ..servers.process import free_port
 from ..servers.sshd import Sshd, make_key, ssh_agent, sshd
 
@@ -262,9 +267,8 @@ def test_no_such_host(config: Path) -> None:
     )
 
 
-def test_what_listens_is_no_ssh(ssh: Sshd, tmp_path: Path, s3: object) -> None:
-    port = s3.port  # type: ignore[attr-defined]
-    assert "no SSH connection" in unavailable(ssh.url(tmp_path, port))
+def test_what_listens_is_no_ssh(ssh: Sshd, tmp_path: Path, s3: S3Server) -> None:
+    assert "no SSH connection" in unavailable(ssh.url(tmp_path, s3.port))
 
 
 CONNECT = """
@@ -314,12 +318,34 @@ def test_a_proxy_command_that_fails(ssh: Sshd, tmp_path: Path) -> None:
     assert "the proxy says no" in unavailable(ssh.url(tmp_path))
 
 
-def test_nothing_is_printed(
-    ssh: Sshd, tmp_path: Path, known: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """paramiko logs tracebacks to stderr where nobody set up logging."""
-    refused(ssh.url(tmp_path))
-    unavailable(ssh.url(tmp_path, free_port()))
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert captured.err == ""
+def test_no_traceback_is_printed(ssh: Sshd, tmp_path: Path, known: Path, s3: S3Server) -> None:
+    """paramiko logs tracebacks to stderr where nobody set up logging, as pytest has."""
+    code = """
+import sys
+from horcrux_nbd.chunkstore import open_store
+from horcrux_nbd.errors import StoreError
+for url in sys.argv[1:]:
+    try:
+        open_store(url, limit=1)
+    except StoreError:
+        print("refused")
+"""
+    urls = [ssh.url(tmp_path), ssh.url(tmp_path, free_port()), ssh.url(tmp_path, s3.port)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *urls], capture_output=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == [b"refused"] * 3
+    # Our own warnings, that it is being tried again, are one line each.
+    assert all(line.startswith(b"scp://") for line in done.stderr.splitlines()), done.stderr
+
+
+def test_a_write_to_a_peer_that_reads_nothing_ends() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(0.05)  # as paramiko sets it
+        packetizer = ssh_module._BoundedPacketizer(ours)
+        packetizer.limit = 0.3
+        began = time.monotonic()
+        with pytest.raises(EOFError):
+            packetizer.write_all(bytes(50 << 20))
+        assert 0.2 < time.monotonic() - began < 10
