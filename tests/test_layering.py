@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "host": {"chunkstore", "repository", "volume", "attach", "server", "control", "config"},
 }
 MAY_IMPORT["versions"] = MAY_IMPORT["host"] | {"host", "generate", "filesystem"}
+MAY_IMPORT["contents"] = MAY_IMPORT["versions"] | {"versions"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"plugin", "serving", "control"}
 
 

@@ -54,10 +54,11 @@ class Change:
             "what": list(self.what),
             "old_path": None if self.old_path is None else text(self.old_path),
         }
-        return value | _hex("path_hex", self.path) | _hex("old_path_hex", self.old_path)
+        return value | hex_of("path_hex", self.path) | hex_of("old_path_hex", self.old_path)
 
 
-def _hex(key: str, path: bytes | None) -> dict[str, str]:
+def hex_of(key: str, path: bytes | None) -> dict[str, str]:
+    """`{key: hex}` of a path that is no UTF-8, else nothing."""
     if path is None:
         return {}
     try:

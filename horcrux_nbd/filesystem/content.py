@@ -59,8 +59,13 @@ class Contents:
         changed = 0
         pieces = list(self._old.pieces(old)), list(self._new.pieces(new))
         for low, high, before, after in _merged(*pieces, min(old.size, new.size), new.size):
-            if low >= old.size:
-                changed += 0 if after is None else high - low
+            if low >= old.size and after is not None:
+                # The rest of the block that the file ended in may have been its own already.
+                edge = min(high, round_up(old.size, self._new.image.block_size))
+                placed = self._compare_placed(after, low, edge, False) if low < edge else 0
+                changed += placed + high - max(low, edge)
+            elif low >= old.size:
+                continue
             elif before is not None and before == after:
                 changed += self._compare_placed(before, low, high, old.size > high == new.size)
             elif before is not None or after is not None:

@@ -259,9 +259,8 @@ class Reader:
             raise self._encrypted(inode)
         if not 0 < inode.size <= _MAX_LINK:
             raise self.image.damaged(f"link {inode.number} has {inode.size} bytes")
-        if inode.size < _FAST_LINK and not inode.flags & (INLINE | EXTENTS):
-            return inode.body[: inode.size]
-        target = self._whole(inode)
+        short = inode.size < _FAST_LINK and not inode.flags & (INLINE | EXTENTS)
+        target = inode.body[: inode.size] if short else self._whole(inode)
         if b"\0" in target:
             raise self.image.damaged(f"link {inode.number} leads to what cannot be a path")
         return target

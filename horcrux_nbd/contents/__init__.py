@@ -1,0 +1,21 @@
+"""What versions and volumes hold, to be looked at: bytes, files, and what differs between two.
+
+Takes no lock and changes nothing: a volume may be served, mounted and written meanwhile.
+"""
+
+from __future__ import annotations
+
+from .content import Content, open_commit, open_version, open_volume
+from .differences import Differences
+from .steady import changed_files, files_of, steadily
+
+__all__ = [
+    "Content",
+    "Differences",
+    "changed_files",
+    "files_of",
+    "open_commit",
+    "open_version",
+    "open_volume",
+    "steadily",
+]
