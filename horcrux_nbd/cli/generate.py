@@ -29,7 +29,14 @@ LISTED = 20  # problems printed; --json has all
 )
 @click.option("--free", type=SIZE, help="Room to grow beside the files; a hole, costs nothing.")
 @click.option("--size", type=SIZE, help="Size of the file system in all, instead of --free.")
-@click.option("--fs", "filesystem", default="ext4", show_default=True, metavar="ext4|xfs")
+@click.option(
+    "--fs",
+    "filesystem",
+    default="ext4",
+    show_default=True,
+    metavar="ext4|xfs",
+    help="File system that a directory becomes; xfs takes root and a copy of it.",
+)
 @click.option("--branch", default=DEFAULT_BRANCH, show_default=True, help="Branch to add to.")
 @click.option("-m", "--message", help="What this version is. Default: where it came from.")
 @click.option(

@@ -1,0 +1,37 @@
+"""A repository with two versions of one image, made once by the real command."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .support import make_directory, run
+
+
+@pytest.fixture(scope="session")
+def made_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    source = make_directory(folder / "source")
+    run("generate", "-q", "-s", "64K", "-m", "first", "AMCC", source, folder / "repository")
+    (source / "small").write_text("hello again\n")
+    run("generate", "-q", "-m", "second", "AMCC", source, folder / "repository")
+    return folder / "repository"
+
+
+@pytest.fixture
+def repository(made_repository: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    shutil.copytree(made_repository, tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def volume(made_repository: Path) -> Iterator[str]:
+    """A volume `amcc` of it, taken down whatever the test did."""
+    run("create", "amcc", made_repository, "AMCC")
+    yield "amcc"
+    run("umount", "--force", "amcc", ok=False)
+    run("detach", "--force", "amcc", ok=False)
