@@ -30,6 +30,7 @@ from ..names import check_name, is_name
 from .commits import now
 from .objects import Kind, kind_of
 from .records import MAX_RECORD, decode_record, encode_record, text
+from .sweeps import refuse_during_removal
 
 _TOP = 10**20 - 1
 _NUMBER = re.compile(r"[0-9]{20}")
@@ -201,14 +202,18 @@ class Refs:
 
         All that the commit needs must be in the store and durable before. Exactly one of any
         number of callers with the same `expected` returns; raises BranchMoved for the others, who
-        learn who moved it, when and to what. After StoreUnavailable it may have moved or not.
+        learn who moved it, when and to what. After StoreUnavailable it may have moved or not. Busy
+        while unreachable objects are being removed.
         """
+        prefix = self._branch_prefix(image, branch)
+        if commit is not None:
+            refuse_during_removal(self._store)
         current = self.head(image, branch)
         if (current.commit if current else None) != expected:
             raise self.moved(image, branch, current)
         number = current.number + 1 if current else 1
         record = BranchRecord(number, commit, author, now(), why, secrets.token_hex(16))
-        key = f"{self._branch_prefix(image, branch)}{_TOP - number:020d}"
+        key = f"{prefix}{_TOP - number:020d}"
         try:
             self._store.put_exclusive(key, record.encode(key))
         except (KeyExists, StoreUnavailable) as error:
@@ -239,8 +244,11 @@ class Refs:
         )
 
     def make_tag(self, image: str, tag: str, commit: bytes, *, author: str, message: str) -> None:
-        """Name `commit` for good. Raises UsageError where the tag exists with another commit."""
+        """Name `commit` for good. Raises UsageError where the tag exists with another commit; Busy
+        while unreachable objects are being removed.
+        """
         key = f"refs/{check_name('image', image)}/tags/{check_name('tag', tag)}"
+        refuse_during_removal(self._store)
         try:
             self._store.put_exclusive(key, TagRecord(commit, author, now(), message).encode(key))
         except KeyExists:

@@ -40,28 +40,38 @@ def begins(name: str) -> float | None:
         return None
 
 
+def _due_times(store: ChunkStore) -> list[float]:
+    found = (begins(name) for name in store.children(PREFIX))
+    return [when for when in found if when is not None]
+
+
+def refuse_during_removal(store: ChunkStore, now: float | None = None) -> None:
+    """Raises Busy while a removal is under way or about to begin. Before any ref is made.
+
+    Enough by itself for a ref to what another ref reaches.
+    """
+    soon = (time.time() if now is None else now) + MARGIN
+    if any(when <= soon for when in _due_times(store)):
+        raise Busy(
+            f"{store.url}: unreachable objects are being removed: try again when that is done, or "
+            "finish it with `horcrux-cli gc` if it was broken off"
+        )
+
+
 class Sweeps:
     """The removals that one writer has to mind. Make it before the first look at an object."""
 
     def __init__(self, store: ChunkStore, clock: Callable[[], float] = time.time) -> None:
         self._store, self._clock = store, clock
         self._began = clock()
-        self._seen = self._due_times()
-
-    def _due_times(self) -> list[float]:
-        found = (begins(name) for name in self._store.children(PREFIX))
-        return [when for when in found if when is not None]
+        self._seen = _due_times(store)
 
     def must_look_again(self) -> bool:
-        """Whether objects that were there may be gone. Ask right before a ref is moved.
+        """Whether objects that were there may be gone. Ask right before a ref is made.
 
         Raises Busy while a removal is under way, or about to begin.
         """
-        soon = self._clock() + MARGIN
-        now = self._due_times()
-        if any(when <= soon for when in now):
-            raise Busy(
-                f"{self._store.url}: unreachable objects are being removed: try again when that "
-                "is done, or finish it with `horcrux-cli gc` if it was broken off"
-            )
+        now = self._clock()
+        refuse_during_removal(self._store, now)
+        soon = now + MARGIN
         return soon - self._began > NOTICE or any(when <= soon for when in self._seen)

@@ -129,7 +129,12 @@ def make(store: ChunkStore) -> dict[str, Any]:
     first = amcc.commit(size, "first version", filesystem="ext4")
     amcc.patch(0, {3: prose("patch over a chunk", 4096)})
     amcc.patch(7, {0: prose("patch over zeros", 4096), 15: prose("its last block", 4096)})
-    second = amcc.commit(size, "patches", tags={"ticket": "4711", "wer": "Jürgen 😀"})
+    second = amcc.commit(
+        size,
+        "patches",
+        tags={"ticket": "4711", "wer": "Jürgen 😀"},
+        new={"bytes": 500, "objects": 3},
+    )
     refs.make_tag("AMCC", "v1", first, author=AUTHOR, message="the first")
     refs.make_tag("AMCC", "release-1.0", second, author=AUTHOR, message="")
 

@@ -38,6 +38,7 @@ COMMITS = st.builds(
     message=TEXT,
     tags=st.dictionaries(TEXT, TEXT, max_size=3),
     filesystem=st.one_of(st.none(), TEXT),
+    new=st.dictionaries(TEXT, st.integers(0, 1 << 50), max_size=2),
 )
 SOUND = Commit("AMCC", 1_000_000, 65536, NODE_ID, (PARENTS[0],), "a <a@b>", TIME, "m", {"k": "v"})
 
@@ -96,6 +97,9 @@ BAD: list[dict[str, Any]] = [
     {"tags": []},
     {"tags": {"a": 1}},
     {"filesystem": 1},
+    {"new": {"bytes": 1.5}},
+    {"new": ["bytes"]},
+    {"new": None},
     {"version": "1"},
 ]
 

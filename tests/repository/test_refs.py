@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from horcrux_nbd.chunkstore import open_store
 from horcrux_nbd.chunkstore.retry import RetryStore
-from horcrux_nbd.errors import Damaged, NotFound, StoreUnavailable, UsageError
+from horcrux_nbd.errors import Busy, Damaged, NotFound, StoreUnavailable, UsageError
 from horcrux_nbd.repository.objects import Kind, object_id
 from horcrux_nbd.repository.records import encode_record
 from horcrux_nbd.repository.refs import BranchMoved, Refs, suggest
+from horcrux_nbd.repository.sweeps import announcement
 
 from ..chunkstore.faulty import Fails, LosesAnswers
 from .memory_store import MemoryStore
@@ -314,6 +316,16 @@ def test_shallow(refs: Refs, store: MemoryStore) -> None:
     store.put(f"refs/A/shallow/{commit_id(1).hex()}", b"{}")
     assert refs.is_shallow("A", commit_id(1))
     assert not refs.is_shallow("B", commit_id(1))
+
+
+def test_no_ref_is_made_during_a_removal(refs: Refs, store: MemoryStore) -> None:
+    refs.move("A", "main", commit_id(1), None, **WHO)
+    store.objects[announcement(time.time() + 1800, "0")] = b""
+    with pytest.raises(Busy, match="are being removed"):
+        refs.move("A", "main", commit_id(2), commit_id(1), **WHO)
+    with pytest.raises(Busy, match="are being removed"):
+        refs.make_tag("A", "v1", commit_id(1), author="", message="")
+    assert refs.move("A", "main", None, commit_id(1), **WHO).number == 2  # deleting needs nothing
 
 
 # ---- damage, and what does not belong
