@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["versions"] = MAY_IMPORT["host"] | {"host", "generate", "filesystem"}
 MAY_IMPORT["contents"] = MAY_IMPORT["versions"] | {"versions"}
+MAY_IMPORT["contents"] = MAY_IMPORT["versions"] | {"versions"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"plugin", "serving", "control"}
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -18,6 +19,7 @@ from . import (
     cache,
     completion,
     doctor,
+    files,
     generate,
     repositories,
     settings,
@@ -38,7 +40,9 @@ OUTPUT_CLOSED = 141  # 128 + SIGPIPE
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "The way in": (generate.generate, repositories.verify),
     "What is there": (
-        repositories.ls,
+        files.ls,
+        files.cat,
+        files.restore,
         versions_log.log,
         versions_log.show,
         versions_diff.diff,
@@ -93,8 +97,18 @@ version in it becomes a disk that fetches what is read and keeps what is written
 """
 
 
+class _OutputClosed(BaseException):
+    """`horcrux-cli ls | head`: nobody reads on."""
+
+
 class Commands(click.Group):
     """A group whose help lists the commands by what they are about."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _OutputClosed from None  # click would make it a failure like any other
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [str(command.name) for commands in SECTIONS.values() for command in commands]
@@ -168,6 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             standalone_mode=False,
         )
         sys.stdout.flush()
+    except (_OutputClosed, BrokenPipeError):
+        # Nobody is left to tell, and Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OUTPUT_CLOSED
     except (HorcruxError, click.ClickException, OSError) as error:
         if _debugging() and not isinstance(error, click.ClickException):
             logging.getLogger(__name__).debug("traceback", exc_info=True)
@@ -186,10 +204,6 @@ def _failed(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         return _say(_usage(error), error.exit_code)
     assert isinstance(error, OSError)
-    if isinstance(error, BrokenPipeError):
-        # `horcrux-cli ls | head`: nobody is left to tell. Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OUTPUT_CLOSED
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return _say(what, 8 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1)
 

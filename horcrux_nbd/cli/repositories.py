@@ -1,4 +1,4 @@
-"""What repositories hold: `ls`, `log`, `show`, and `verify`, which proves it."""
+"""What repositories hold: `ls`, and `verify`, which proves it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import Damaged, HorcruxError, UsageError
 from ..names import Version, parse_version
 from ..units import format_size
 from . import output
-from .words import REPO, REPO_OR_VOLUME, find_version, volume_state, where
+from .words import REPO, REPO_OR_VOLUME, volume_state, where
 
 if TYPE_CHECKING:
     from ..repository.commits import Commit
@@ -177,132 +177,6 @@ def _row(repository: Repository, image: str, ref: str, kind: str, oid: bytes) ->
         return Row(image, ref, kind, oid, repository.read_commit(oid))
     except Damaged as error:
         return Row(image, ref, kind, oid, None, str(error))
-
-
-# ---- log and show -------------------------------------------------------------------------------
-
-
-@click.command()
-@click.argument("repo", type=REPO_OR_VOLUME)
-@click.argument("version", required=False)
-@click.option("-n", "--limit", default=50, show_default=True, help="At most so many versions.")
-@output.json_option
-def log(repo: str, version: str | None, limit: int, as_json: bool) -> None:
-    """List a version and those before it, newest first.
-
-    REPO may be a VOLUME: then it is the version that the volume was made from, or VERSION of the
-    same repository (@REF is enough). Without VERSION: the main branch of the only image.
-
-    \b
-    horcrux-cli log /opt/horcrux-amcc AMCC
-    horcrux-cli log amcc
-    horcrux-cli log amcc @v3
-    """
-    from ..chunkstore import open_store
-    from ..repository.repository import Repository
-
-    place = where(repo)
-    with open_store(place.url) as store:
-        repository = Repository.open(store)
-        found = find_version(repository, place, version)
-        names = _names_by_id(repository, found.commit.image)
-        rows: list[tuple[bytes, Commit]] = []
-        oid: bytes | None = found.id
-        commit = found.commit
-        while oid is not None and len(rows) < limit:
-            rows.append((oid, commit))
-            parent = commit.parents[0] if commit.parents else None
-            if parent is None or repository.refs.is_shallow(commit.image, oid):
-                oid = None
-            else:
-                oid, commit = parent, repository.read_commit(parent)
-    if as_json:
-        output.emit_json(
-            [{"id": i.hex(), "refs": names.get(i, []), **describe(commit)} for i, commit in rows]
-        )
-        return
-    output.table(
-        ("ID", "REFS", "SIZE", "TIME", "BY", "MESSAGE"),
-        [
-            (
-                output.short(i),
-                ", ".join(names.get(i, [])),
-                format_size(commit.size),
-                output.when(commit.time),
-                output.who(commit.author),
-                commit.message,
-            )
-            for i, commit in rows
-        ],
-        right=("SIZE",),
-    )
-    if oid is not None:
-        click.echo(f"… and older ones: see more with -n {limit * 10}")
-
-
-def _names_by_id(repository: Repository, image: str) -> dict[bytes, list[str]]:
-    """The branches and tags that point to each commit of an image."""
-    refs = repository.refs
-    names: dict[bytes, list[str]] = {}
-    for name, record in sorted(refs.heads(image).items()):
-        if record.commit:
-            names.setdefault(record.commit, []).append(name)
-    for name in sorted(refs.tags(image)):
-        tag = refs.tag(image, name)
-        if tag is not None:
-            names.setdefault(tag.commit, []).append(name)
-    return names
-
-
-@click.command()
-@click.argument("repo", type=REPO_OR_VOLUME)
-@click.argument("version", required=False)
-@click.option("--data", is_flag=True, help="Also how much of it is data: reads the whole index.")
-@output.json_option
-def show(repo: str, version: str | None, data: bool, as_json: bool) -> None:
-    """Show one version: who made it, when, of what, how large it is.
-
-    REPO and VERSION as in `log`.
-
-    \b
-    horcrux-cli show /opt/horcrux-amcc AMCC@main
-    horcrux-cli show amcc --data
-    """
-    from ..chunkstore import open_store
-    from ..repository.repository import Repository
-
-    place = where(repo)
-    with open_store(place.url) as store:
-        repository = Repository.open(store)
-        found = find_version(repository, place, version)
-        names = _names_by_id(repository, found.commit.image).get(found.id, [])
-        chunks = None
-        if data:
-            chunks = sum(1 for _ in repository.index(found.commit).entries())
-    commit = found.commit
-    value = {"id": found.id.hex(), "image": commit.image, "refs": names, **describe(commit)}
-    if chunks is not None:
-        value |= {"data_chunks": chunks, "data_bytes": chunks * commit.chunk_size}
-    if as_json:
-        output.emit_json({"url": place.url, **value})
-        return
-    pairs = [
-        ("version", f"{commit.image}@{found.id.hex()}"),
-        ("refs", ", ".join(names) or "none"),
-        ("in", place.url),
-        ("by", commit.author),
-        ("time", output.when(commit.time)),
-        ("message", commit.message),
-        ("parents", " ".join(output.short(parent) for parent in commit.parents) or "none"),
-        ("size", f"{format_size(commit.size)} ({commit.size:,} bytes)"),
-        ("file system", commit.filesystem or "none known"),
-        ("chunk size", format_size(commit.chunk_size)),
-    ]
-    pairs += [(f"note {key}", text) for key, text in sorted(commit.tags.items())]
-    if chunks is not None:
-        size = format_size(chunks * commit.chunk_size)
-        pairs.append(("data", f"{size} in {output.plural(chunks, 'chunk')}; the rest is zeros"))
-    output.facts(pairs)
 
 
 # ---- verify -------------------------------------------------------------------------------------
