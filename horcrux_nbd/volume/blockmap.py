@@ -20,6 +20,7 @@ GROUP = 1 << GROUP_BITS  # blocks in a group
 # Fewer whole groups than this are zeroed one by one: `Ranges.add` copies its lists, and 100,000
 # short ranges of a fragmented fstrim took 20 s.
 MIN_RANGE = 8
+FRESH = 512  # new groups that are looked through one by one before they are sorted in
 
 _UNIFORM = {state: bytes([state]) * GROUP for state in (BASE, DATA, ZERO)}
 _STATES = [bytes([state]) for state in range(3)]
@@ -127,23 +128,34 @@ class BlockMap:
             old = self.group(number)
             if old.count(state, a, b) != b - a:
                 states = old[:a] + _STATES[state] * (b - a) + old[b:]
-                self._put(number, states)
-                self.dirty.add(number)
+                if states == _UNIFORM[ZERO] and self._beside_zeros(number):
+                    self._zero_groups(number, number + 1)
+                else:
+                    self._put(number, states)
+                    self.dirty.add(number)
             first = (number + 1) << GROUP_BITS
+
+    def _beside_zeros(self, number: int) -> bool:
+        """Whether a zeroed group would only make a range longer: trims meet within a group."""
+        return bool(self._zeros) and (number - 1 in self._zeros or number + 1 in self._zeros)
 
     def _put(self, number: int, states: bytes) -> None:
         if number not in self._groups:
             with self._order_lock:
                 self._fresh.append(number)
+                if len(self._fresh) > FRESH:
+                    known = len(self._order) + len(self._fresh)
+                    if known > 2 * len(self._groups) + 2 * FRESH:  # most are gone
+                        self._order = sorted([*self._groups, number])
+                    else:  # two ascending runs: sorting them is merging them
+                        self._order = sorted([*self._order, *sorted(self._fresh)])
+                    self._fresh = []
         if states.count(states[0]) == GROUP:
             states = _UNIFORM[states[0]]  # one object for all that are alike
         self._groups[number] = states
 
     def _zero_groups(self, low: int, high: int) -> None:
-        if len(self._groups) < high - low:
-            gone = [number for number in self._groups if low <= number < high]
-        else:
-            gone = [number for number in range(low, high) if number in self._groups]
+        gone = {number for number in self._near(low, high) if number in self._groups}
         self._zeros.add(low, high)  # first, so that a reader never sees BASE between
         for number in gone:
             del self._groups[number]
@@ -190,17 +202,19 @@ class BlockMap:
     def _next_known(self, number: int) -> int:
         """The next group above `number` that may differ from it."""
         with self._order_lock:
-            if len(self._order) + len(self._fresh) > 2 * len(self._groups) + 1024:
-                self._order, self._fresh = sorted(list(self._groups)), []  # noqa: C414 - atomic
-            elif self._fresh:
-                # Two ascending runs: sorting them is merging them.
-                self._order = sorted([*self._order, *sorted(self._fresh)])
-                self._fresh = []
             order = self._order
+            nearest = min((n for n in self._fresh if n > number), default=1 << 62)
         at = bisect_right(order, number)
-        nearest = order[at] if at < len(order) else 1 << 62
+        if at < len(order):
+            nearest = min(nearest, order[at])
         change = self._zeros.next_change(number)
         return nearest if change is None else min(nearest, change)
+
+    def _near(self, low: int, high: int) -> list[int]:
+        """The groups in [low, high) that were written, and some that were."""
+        with self._order_lock:
+            order, fresh = self._order, [n for n in self._fresh if low <= n < high]
+        return order[bisect_left(order, low) : bisect_left(order, high)] + fresh
 
     def take_dirty(self) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
         """What changed since the last call: zeroed ranges of groups, then groups with their states.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
 from .blockmap import BASE, DATA, GROUP_BITS, ZERO
@@ -77,6 +77,21 @@ class Gate:
             with self._condition:
                 self._closed = False
                 self._condition.notify_all()
+
+
+class _Several:
+    """Several locks as one. An ExitStack of 64 takes 0.3 ms."""
+
+    def __init__(self, locks: list[threading.Lock]) -> None:
+        self._locks = locks
+
+    def __enter__(self) -> None:
+        for lock in self._locks:
+            lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        for lock in self._locks:
+            lock.release()
 
 
 class Overlay:
@@ -186,11 +201,9 @@ class Overlay:
         group, last = first >> GROUP_BITS, (stop - 1) >> GROUP_BITS
         if group == last:
             return self._stripes[group % STRIPES]
-        several = ExitStack()
         # In one order, so that no two wait for each other.
-        for stripe in sorted({number % STRIPES for number in range(group, last + 1)[:STRIPES]}):
-            several.enter_context(self._stripes[stripe])
-        return several
+        numbers = sorted({number % STRIPES for number in range(group, last + 1)[:STRIPES]})
+        return _Several([self._stripes[number] for number in numbers])
 
     def _write_fresh(
         self, top: Layer, offset: int, view: memoryview, edges: dict[int, bytes]

@@ -74,7 +74,7 @@ def test_a_torn_end_is_cut_off_at_every_length(tmp_path: Path) -> None:
     history = grown(tmp_path / "map", 3)
     whole = (tmp_path / "map").read_bytes()
     ends = [maplog.FILE_HEADER.size] + [end for end, _ in history]
-    for length in range(ends[-2], ends[-1]):
+    for length in {*range(ends[-2], ends[-1], 7), ends[-1] - 1}:
         torn = tmp_path / "torn"
         torn.write_bytes(whole[:length])
         assert same(reopened(torn), history[-2][1])
