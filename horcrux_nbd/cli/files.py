@@ -10,86 +10,76 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError
-from ..names import is_name, parse_version
 from ..units import format_size
 from . import output, repositories
-from .words import REPO_OR_VOLUME, existing_folder, volume_state, where
+from .versions_place import TARGET_HELP, opened, place
+from .words import REPO_OR_VOLUME, existing_folder
 
 if TYPE_CHECKING:
     from ..contents import Content
     from ..filesystem import Reader
     from ..filesystem.inode import Inode
 
-# IMAGE@REF:PATH, @REF:PATH, :PATH; of a URL the part before the colon is followed by slashes.
-_SPOT = re.compile(r"([A-Za-z0-9_.@~^-]*):(?!//)(.*)", re.DOTALL)
+# IMAGE@REF:PATH, VOLUME:PATH, REF:PATH, :PATH; what follows the colon of a URL are two slashes.
+_SPOT = re.compile(r"([A-Za-z0-9_.@~^/-]*):(?!//)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Spot:
-    """A path in a version (`version` as it was written), or in a volume as it is now."""
+    """A path in a version, or in a volume as it is now (`ref` is None and `target` a VOLUME)."""
 
-    place: str
-    version: str | None
+    target: str
+    ref: str | None
     path: str
 
 
 def spot(words: Sequence[str]) -> Spot:
-    """What PLACE [VERSION] PATH, PLACE VERSION:PATH or VOLUME:PATH names. Raises UsageError."""
-    match = _SPOT.fullmatch(words[-1])
-    if len(words) == 1 and match and is_name(match[1]):
+    """What TARGET [REF] PATH, TARGET REF:PATH or TARGET:PATH names. Raises UsageError."""
+    match = _SPOT.fullmatch(words[-1]) if words else None
+    if len(words) == 1 and match and match[1]:
         return Spot(match[1], None, match[2])
     if len(words) == 2:
-        if match:
-            return Spot(words[0], match[1] or None, match[2])
+        if match and not words[1].startswith("/"):
+            return Spot(words[0], _ref(match[1]), match[2])
         return Spot(words[0], None, words[1])
     if len(words) == 3:
-        return Spot(*words)
+        return Spot(words[0], _ref(words[1]), words[2])
     raise UsageError(
-        "say which file: REPO VERSION PATH, or VOLUME PATH for a volume as it is now (VERSION:PATH "
-        "in one word works too)"
+        "say which file: TARGET REF PATH, or VOLUME PATH for a volume as it is now (REF:PATH in "
+        "one word works too)"
     )
 
 
-def open_place(place: str, version: str | None) -> Content:
-    """A version, or, of a VOLUME without a version, what it holds now. Raises NotFound."""
-    from ..contents import open_commit, open_version, open_volume
-
-    found = where(place)
-    if found.volume is not None:
-        if version is None:
-            return open_volume(found.volume)
-        state = volume_state(found.volume)
-        image = version.partition("@")[0]
-        if state is None or image in ("", state.image):
-            return open_commit(found.volume, version.partition("@")[2] or "HEAD")
-        if "@" not in version:
-            return open_commit(found.volume, version)
-        return open_version(found.url, parse_version(version))
-    if version is None:
-        return open_version(found.url, _only_image(found.url))
-    return open_version(found.url, parse_version(version))
+def _ref(text: str) -> str | None:
+    """`@v3` is `v3`; `@` alone stays, and nothing at all is none."""
+    return text.removeprefix("@") or text or None
 
 
-def _only_image(url: str) -> Any:
-    from ..chunkstore import open_store
-    from ..repository.repository import Repository
-    from .words import Where, find_version
+def open_place(target: str, ref: str | None) -> Content:
+    """A version, or, of a VOLUME without a REF, what it holds now. Raises NotFound, StoreError."""
+    from ..contents import Content, open_volume
 
-    with open_store(url) as store:
-        return find_version(Repository.open(store), Where(url), None).version
+    named = place(target)
+    if named.volume is not None and ref is None:
+        return open_volume(named.volume)
+    with contextlib.ExitStack() as stack:
+        found, asked = stack.enter_context(opened(target, ref))
+        oid, commit = found.find(asked)
+        name = f"{commit.image}@{asked or found.place.ref or output.short(oid)}"
+        local = None if found.session is None else found.session.local
+        return Content(name, commit, found.repository, found.cache, local, stack.pop_all())
 
 
 # ---- ls
 
 
-@click.command()
-@click.argument("words", nargs=-1, metavar="[REPO|VOLUME] [VERSION:PATH]", type=REPO_OR_VOLUME)
+@click.command(epilog=TARGET_HELP)
+@click.argument("words", nargs=-1, metavar="[REPO] | TARGET [REF]:PATH", type=REPO_OR_VOLUME)
 @click.option("--stored", is_flag=True, help="Also what a repository takes: lists all objects.")
 @click.option("-R", "--recursive", is_flag=True, help="Also what is below PATH.")
 @output.json_option
@@ -97,18 +87,18 @@ def _only_image(url: str) -> Any:
 def ls(
     context: click.Context, words: tuple[str, ...], stored: bool, recursive: bool, as_json: bool
 ) -> None:
-    """List the images in REPO, or the files in a version or volume.
+    """List the images in REPO, or the files in a version or a volume.
 
     Without REPO: the images in every remote, and in every repository that a volume of this host is
-    of. With a path, files: of VERSION, or of a VOLUME as it is now. Nothing is mounted, and of the
-    image only what leads to the path is fetched (ext2, ext3, ext4).
+    of. With a path, files: of a version, or of a VOLUME as it is now. Nothing is mounted, and of
+    the image only what leads to the path is fetched (ext2, ext3, ext4).
 
     \b
     horcrux-cli ls cp:///opt/horcrux-amcc
     horcrux-cli ls team --stored
-    horcrux-cli ls team AMCC@v3:/base
+    horcrux-cli ls AMCC@v3:/base
     horcrux-cli ls amcc:/base
-    horcrux-cli ls amcc @main~2:/base -R
+    horcrux-cli ls amcc main~2:/base -R
     """
     if len(words) == 0 or (len(words) == 1 and not _names_path(words[0])):
         if recursive:
@@ -119,13 +109,18 @@ def ls(
     if stored:
         raise UsageError("--stored is for a repository, not for files in a version")
     from ..contents import files_of, steadily
+    from ..filesystem.changes import text
 
     asked = spot(words)
-    with open_place(asked.place, asked.version) as content:
+    with open_place(asked.target, asked.ref) as content:
         rows = steadily([content], lambda: _rows(files_of(content), asked.path, recursive))
     if as_json:
         output.emit_json(
-            {"in": content.name, "path": asked.path, "files": [row.to_json() for row in rows]}
+            {
+                "in": content.name,
+                "path": text(os.fsencode(asked.path)),
+                "files": [row.to_json() for row in rows],
+            }
         )
         return
     table = [row.cells() for row in rows]
@@ -136,7 +131,7 @@ def ls(
 
 def _names_path(word: str) -> bool:
     match = _SPOT.fullmatch(word)
-    return bool(match and is_name(match[1]))
+    return bool(match and match[1])
 
 
 @dataclass(frozen=True)
@@ -192,7 +187,7 @@ def _rows(reader: Reader, path: str, recursive: bool) -> list[_Row]:
     elif recursive:
         found = list(reader.walk(inode))
     else:
-        found = [(entry.name, reader.inode(entry.inode)) for entry in reader.listdir(inode)]
+        found = list(reader.children(inode))
     return [
         _Row(name, one, reader.readlink(one) if one.is_link else None)
         for name, one in sorted(found, key=lambda pair: pair[0])
@@ -206,22 +201,22 @@ def _rows(reader: Reader, path: str, recursive: bool) -> list[_Row]:
 def _reading(asked: Spot) -> Iterator[Reader]:
     from ..contents import files_of, steadily
 
-    with open_place(asked.place, asked.version) as content:
+    with open_place(asked.target, asked.ref) as content:
         yield steadily([content], lambda: files_of(content))
 
 
-@click.command()
-@click.argument("words", nargs=-1, required=True, metavar="PLACE [VERSION] PATH")
+@click.command(epilog=TARGET_HELP)
+@click.argument("words", nargs=-1, required=True, metavar="TARGET [REF] PATH")
 def cat(words: tuple[str, ...]) -> None:
-    """Write a file of a version, or of a volume as it is now, to standard output.
+    """Write a file of a version, or of a VOLUME as it is now, to standard output.
 
-    PLACE is a REPO or a VOLUME. Nothing is mounted; what the file needs is fetched (ext2, ext3,
-    ext4). Symbolic links are followed inside the image.
+    Nothing is mounted; what the file needs is fetched (ext2, ext3, ext4). Symbolic links are
+    followed inside the image.
 
     \b
-    horcrux-cli cat team AMCC@v3 /etc/app.conf
+    horcrux-cli cat AMCC@v3 /etc/app.conf
     horcrux-cli cat amcc /etc/app.conf
-    horcrux-cli cat amcc @main~2:/etc/app.conf
+    horcrux-cli cat amcc main~2:/etc/app.conf
     """
     asked = spot(words)
     with _reading(asked) as reader:
@@ -236,8 +231,8 @@ def cat(words: tuple[str, ...]) -> None:
         out.flush()
 
 
-@click.command()
-@click.argument("words", nargs=-1, required=True, metavar="PLACE [VERSION] PATH DIR")
+@click.command(epilog=TARGET_HELP)
+@click.argument("words", nargs=-1, required=True, metavar="TARGET [REF] PATH DIR")
 @click.option("-f", "--force", is_flag=True, help="Replace what is in DIR under the same name.")
 @click.option(
     "--trusted",
@@ -247,27 +242,30 @@ def cat(words: tuple[str, ...]) -> None:
 @output.quiet_option
 @output.json_option
 def restore(words: tuple[str, ...], force: bool, trusted: bool, quiet: bool, as_json: bool) -> None:
-    """Bring a file or a directory of a version, or of a volume, into the folder DIR.
+    """Bring a file or a directory of a version, or of a VOLUME, into the folder DIR.
 
     It comes with modes, times, links, holes and attributes as they were (owners too for root),
     whole or not at all. PATH / brings all that there is. What would give power on this host is left
     out unless --trusted: an image may come from anywhere.
 
     \b
-    horcrux-cli restore team AMCC@v3 /base/16384 /tmp/old
-    horcrux-cli restore amcc @main~1:/etc/app.conf .
+    horcrux-cli restore AMCC@v3 /base/16384 /tmp/old
+    horcrux-cli restore amcc main~1:/etc/app.conf .
     """
     from ..filesystem.restore import restore as run
     from ..progress import make_progress
 
     if len(words) < 2:
-        raise UsageError("say what to restore and the folder where it goes: PLACE PATH DIR")
-    asked, target = spot(words[:-1]), existing_folder(words[-1])
+        raise UsageError("say what to restore and the folder where it goes: TARGET PATH DIR")
+    asked = spot(words[:-1])
+    path = os.fsencode(asked.path)
     with _reading(asked) as reader, make_progress(quiet or as_json) as progress:
+        reader.lookup(path, follow=False)  # before a folder is made for it
+        target = existing_folder(words[-1])
         done = run(
             reader,
-            os.fsencode(asked.path),
-            Path(target),
+            path,
+            target,
             force=force,
             trusted=trusted,
             progress=progress,

@@ -5,7 +5,7 @@ Takes no lock and changes nothing: a volume may be served, mounted and written m
 
 from __future__ import annotations
 
-from .content import Content, open_commit, open_version, open_volume
+from .content import Content, open_volume
 from .differences import Differences
 from .steady import changed_files, files_of, steadily
 
@@ -14,8 +14,6 @@ __all__ = [
     "Differences",
     "changed_files",
     "files_of",
-    "open_commit",
-    "open_version",
     "open_volume",
     "steadily",
 ]

@@ -9,14 +9,11 @@ from pathlib import Path
 from types import TracebackType
 
 from .. import host
-from ..chunkstore import open_store
 from ..errors import Damaged, HorcruxError
-from ..names import Version
 from ..repository.commits import Commit
 from ..repository.index import Index
 from ..repository.repository import Repository
-from ..versions.find import find
-from ..versions.session import Session, opened_cache
+from ..versions.session import Session
 from ..volume import state as states
 from ..volume.base import Base
 from ..volume.cache import Cache
@@ -65,6 +62,14 @@ class Content:
         if length:
             self._source.read_into(offset, memoryview(data))
         return bytes(data)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset` on; zeros behind the end. Raises Damaged, StoreError."""
+        self._source.read_into(offset, view)
+
+    def chunk(self, number: int) -> bytes:
+        """The content of one chunk."""
+        return self.read(number * self.commit.chunk_size, self.commit.chunk_size)
 
     # ---- what was written to a volume
 
@@ -148,16 +153,6 @@ def _open_layers(folder: Path, state: VolumeState) -> Sequence[Layer]:
     return layers
 
 
-def open_version(url: str, version: Version, limit: float = STORE_LIMIT) -> Content:
-    """A version of the repository at `url`. Raises NotFound, StoreError."""
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(open_store(url, limit=limit))
-        repository = Repository.open(store)
-        resolved = repository.resolve(version)
-        cache = stack.enter_context(opened_cache())
-        return Content(str(version), resolved.commit, repository, cache, None, stack.pop_all())
-
-
 def open_volume(name: str, limit: float = STORE_LIMIT) -> Content:
     """What a volume holds now. Works with the store away as far as the data is on this host."""
     with contextlib.ExitStack() as stack:
@@ -171,13 +166,3 @@ def open_volume(name: str, limit: float = STORE_LIMIT) -> Content:
         content.close()
         raise
     return content
-
-
-def open_commit(name: str, ref: str, limit: float = STORE_LIMIT) -> Content:
-    """The version `ref` as volume `name` knows it: one of its own, or of its repository."""
-    with contextlib.ExitStack() as stack:
-        session = stack.enter_context(Session(name, limit, lock=False))
-        commit = find(session, ref).commit
-        what = ref if ref.startswith(f"{commit.image}@") else f"{commit.image}@{ref}"
-        remote, cache, local = session.remote, session.cache, session.local
-        return Content(what, commit, remote, cache, local, stack.pop_all())

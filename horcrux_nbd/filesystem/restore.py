@@ -67,7 +67,7 @@ def restore(
     inode = reader.lookup(path, follow=False)
     parts = [part for part in path.split(b"/") if part not in (b"", b".")]
     if inode.number == reader.root.number:
-        found = [(entry.name, reader.inode(entry.inode)) for entry in reader.listdir(inode)]
+        found = list(reader.children(inode))
     elif parts[-1] == b"..":
         raise UsageError("a path that ends in .. says no name to restore it under")
     else:
