@@ -14,16 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..progress import Progress
+from ..repository.change import ChangeWriter, block_of, with_blocks
 from ..repository.commits import Commit
 from ..repository.index import Index
-from ..repository.objects import MAX_LAYERS, NULL_ID, Kind, kind_of, layers_of
+from ..repository.objects import MAX_LAYERS, layers_of
 from ..repository.patch import (
     BLOCK_BITS,
     BLOCK_SIZE,
-    MAX_CHAIN,
-    PATCH_WORTH,
-    Patch,
-    chain_over,
 )
 from ..repository.writer import ObjectWriter
 from .blockmap import BASE, DATA, GROUP_BITS
@@ -102,7 +99,8 @@ class Packer:
         """`fetch` reads a chunk from the store: for one with as many layers as there can be."""
         self._fetch = fetch
         self._layers, self._commit, self._index = layers, commit, index
-        self._local, self._writer = local, writer
+        self._local = local
+        self._writer = ChangeWriter(writer, local.patch, commit.chunk_size)
         self._packed = Packed([])
         self._lock = threading.Lock()
 
@@ -132,19 +130,19 @@ class Packer:
         count = min(self._commit.chunk_size, self._commit.size - number * self._commit.chunk_size)
         content = self._local.content(old)
         if content is not None:
-            changed = {n: block for n, block in blocks.items() if _block(content, n) != block}
+            changed = {n: block for n, block in blocks.items() if block_of(content, n) != block}
         else:
-            patched, _ = self._flatten(old, {})
+            patched = self._writer.patched(old)
             changed = {n: block for n, block in blocks.items() if patched.get(n) != block}
             if len({*blocks, *patched}) >= -(-count >> BLOCK_BITS):  # all of it is known after all
-                content = _assembled({**patched, **blocks}, self._commit.chunk_size)
+                content = with_blocks(bytes(self._commit.chunk_size), {**patched, **blocks})
         if not changed:
             return
         if number == 0 and changed.keys() == {0} and content is not None:
             self._packed.bookkeeping = only_bookkeeping(content[:BLOCK_SIZE], changed[0])
         if content is None and layers_of(old) >= MAX_LAYERS and self._local.patch(old) is None:
             content = self._fetch(old)
-        new, is_patch = self._store(old, changed, content)
+        new, is_patch = self._writer.store(old, changed, content)
         if new == old:
             return
         with self._lock:
@@ -152,37 +150,6 @@ class Packer:
             self._packed.changed_bytes += len(changed) * BLOCK_SIZE
             self._packed.chunks += not is_patch
             self._packed.patches += is_patch
-
-    def _store(
-        self, old: bytes, blocks: dict[int, bytes], content: bytes | None
-    ) -> tuple[bytes, bool]:
-        """Store a chunk or a patch; its id, and whether it is a patch."""
-        size = self._commit.chunk_size
-        below, chain = self._flatten(old, blocks)
-        most = (size >> BLOCK_BITS) * PATCH_WORTH
-        # Over zeros a whole chunk costs what the patch would: zstd makes nothing of the rest.
-        whole = old == NULL_ID or len(below) > most or layers_of(chain[0]) + 1 > MAX_CHAIN
-        if content is not None and whole:
-            full = bytearray(content)
-            for number, block in blocks.items():
-                full[number << BLOCK_BITS : (number + 1) << BLOCK_BITS] = block
-            return self._writer.write(Kind.CHUNK, bytes(full)), False  # NULL_ID for zeros
-        return self._writer.write(Kind.PATCH, Patch(chain, below).encode(size)), True
-
-    def _flatten(
-        self, old: bytes, blocks: dict[int, bytes]
-    ) -> tuple[dict[int, bytes], tuple[bytes, ...]]:
-        """The blocks of a patch, and its chain: patches that are here are merged into it."""
-        merged, below = dict(blocks), old
-        while kind_of(below) is Kind.PATCH:
-            patch = self._local.patch(below)
-            if patch is None:
-                break
-            merged = {**patch.blocks, **merged}
-            below = patch.chain[0]
-            if len(patch.chain) > 1 and self._local.patch(below) is None:
-                return merged, patch.chain
-        return merged, chain_over(below)
 
 
 # Of ext4's superblock: when and where it was mounted and how often, when it was written last, the
@@ -203,14 +170,3 @@ def only_bookkeeping(old: bytes, new: bytes) -> bool:
         at = 1024 + offset
         a[at : at + length] = b[at : at + length] = bytes(length)
     return a == b
-
-
-def _block(content: bytes, number: int) -> bytes:
-    return content[number << BLOCK_BITS : (number + 1) << BLOCK_BITS]
-
-
-def _assembled(blocks: dict[int, bytes], size: int) -> bytes:
-    content = bytearray(size)
-    for number, block in blocks.items():
-        content[number << BLOCK_BITS : (number + 1) << BLOCK_BITS] = block
-    return bytes(content)
