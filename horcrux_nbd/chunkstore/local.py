@@ -56,7 +56,7 @@ class LocalStore(ChunkStore):
         self.url = str(url)
         self.concurrency = concurrency or CONCURRENCY
         self._root = url.path
-        self._pending = PendingFiles(self._root, self.url, self.concurrency)
+        self._pending = PendingFiles(self._root, self.url)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{base.check_key(key)}"
