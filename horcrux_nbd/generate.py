@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .chunkstore.base import ChunkStore
 from .errors import NotFound
 from .names import DEFAULT_BRANCH, check_name
 from .progress import Progress
+from .repository.change import ChangeWriter, differing_blocks
 from .repository.commits import DEFAULT_CHUNK, Commit, now
 from .repository.index import Index
-from .repository.objects import NULL_ID, Kind
+from .repository.objects import NULL_ID, Kind, object_id
+from .repository.patch import Patch
 from .repository.refs import BranchRecord
 from .repository.repository import Repository
 from .repository.writer import (
@@ -57,12 +60,15 @@ def generate(
     branch: str = DEFAULT_BRANCH,
     author: str,
     message: str,
+    old_chunk: Callable[[int], bytes] | None = None,
     progress: Progress | None = None,
 ) -> Generated:
     """Make `source` the next version of `image` on `branch`; makes the repository if need be.
 
     `chunk_size` in bytes: by default the image's own, the repository's, or 512 KiB. Interrupted at
-    any moment it leaves the image as it was; run again, it stores only what is missing. Raises
+    any moment it leaves the image as it was; run again, it stores only what is missing.
+    `old_chunk` reads a chunk of the version on the branch: with it only the blocks that changed are
+    stored, at the price of reading each changed chunk. Raises
     BranchMoved where somebody else made a version meanwhile; StoreError; OSError from the source.
     """
     check_name("image", image)
@@ -88,17 +94,23 @@ def generate(
     # was interrupted, which one listing tells.
     known = (oid for _, oid in tree.entries()) if tree is not None else ()
     with ObjectWriter(repository, len(numbers) if old is None else 0, known) as writer:
+        change = ChangeWriter(writer, partial(_patch, repository, size), size)
 
-        def submit(number: int) -> None:
-            def done(oid: bytes) -> None:
-                with lock:
-                    changes[number] = oid
-                progress.advance(size)
-
-            writer.submit_from(Kind.CHUNK, size, lambda: source.read(number * size, size), done)
+        def work(number: int) -> None:
+            content = source.read(number * size, size)
+            below = tree.lookup(number) if tree is not None and old_chunk is not None else NULL_ID
+            if old_chunk is None or below in (NULL_ID, object_id(Kind.CHUNK, content)):
+                oid = writer.write(Kind.CHUNK, content)
+            else:
+                before = old_chunk(number)
+                blocks = differing_blocks(before, content)
+                oid = change.store(below, blocks, before)[0] if blocks else below
+            with lock:
+                changes[number] = oid
+            progress.advance(size)
 
         for number in numbers:
-            submit(number)
+            writer.run(size, partial(work, number))
         writer.barrier()
         commit = Commit(
             image=image,
@@ -118,6 +130,10 @@ def generate(
         return Generated(
             record.commit, commit, record, writer.written, len(numbers) * size, source.problems()
         )
+
+
+def _patch(repository: Repository, chunk_size: int, oid: bytes) -> Patch | None:
+    return Patch.decode(repository.read_object(oid, (Kind.PATCH,), chunk_size)[1], chunk_size)
 
 
 def _changes(tree: Index | None, found: dict[int, bytes]) -> list[tuple[int, bytes]]:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..errors import Busy, KeyNotFound, UsageError
 from ..units import MiB
@@ -25,6 +26,8 @@ from .objects import HEADER, NULL_ID, Kind, encode, max_stored, object_id, objec
 from .refs import BranchRecord
 from .repository import Repository
 from .sweeps import Sweeps
+
+T = TypeVar("T")
 
 # One LIST answers for a thousand keys: above this many objects it is cheaper than asking for each.
 LIST_FROM = 1000
@@ -87,14 +90,13 @@ class ObjectWriter:
         Both run in the pool, so that reading is as parallel as the rest; `drain` waits for both.
         """
 
-        def work() -> bytes:
-            oid = self.write(kind, make())
-            then(oid)
-            return oid
+        self.run(length, lambda: then(self.write(kind, make())))
 
+    def run(self, length: int, work: Callable[[], object]) -> None:
+        """Do `work`, which holds `length` bytes and writes what it likes, in the pool."""
         self._submit(length, work)
 
-    def _submit(self, length: int, work: Callable[[], bytes]) -> Future[bytes]:
+    def _submit(self, length: int, work: Callable[[], T]) -> Future[T]:
         with self._condition:
             self._condition.wait_for(lambda: self._error or self._has_room(length))
             self._raise_error()
@@ -109,7 +111,7 @@ class ObjectWriter:
             self._under_way < 2 * self._workers and self._bytes_under_way + length <= MEMORY
         )
 
-    def _done(self, future: Future[bytes], length: int) -> None:
+    def _done(self, future: Future[T], length: int) -> None:
         with self._condition:
             self._under_way -= 1
             self._bytes_under_way -= length
