@@ -347,13 +347,20 @@ class SftpStore(ChunkStore):
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._pool.session() as session:
+            number, root = session.requests(
+                [(sftp_wire.REMOVE, text(path)), (sftp_wire.STAT, text(_encode(self._root)))]
+            )
             try:
-                session.done(session.request(sftp_wire.REMOVE, text(path)))
+                session.done(number)
             except Status as status:
                 if status.code == sftp_wire.NO_SUCH_FILE:
-                    self._check_root(session)
-                elif not self._is_folder(session, path):  # a folder of other keys is no object
+                    self._check_root(session, root)
+                    return
+                session.drop(root)
+                if not self._is_folder(session, path):  # a folder of other keys is no object
                     raise self._error(status, f"cannot delete {key}") from None
+                return
+            session.drop(root)
 
     def _is_folder(self, session: Session, path: bytes) -> bool:
         try:

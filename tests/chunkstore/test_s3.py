@@ -89,11 +89,17 @@ def test_round_trips(store: ChunkStore, network: Network, size: int) -> None:
         lambda: store.stat("a"),
         lambda: store.children(""),
     ):
-        network.delay = 0.1
-        began = time.monotonic()
-        operation()
-        assert time.monotonic() - began < 0.2 * 1.9
-        network.delay = 0
+        # The best of some, as the machine may be busy.
+        assert any(_seconds(network, operation) < 0.2 * 1.9 for _ in range(5))
+
+
+def _seconds(network: Network, operation: Callable[[], object]) -> float:
+    """How long it takes over 200 ms of round trip."""
+    network.delay = 0.1
+    began = time.monotonic()
+    operation()
+    network.delay = 0
+    return time.monotonic() - began
 
 
 # ---- a server that answers as told --------------------------------------------------------------
