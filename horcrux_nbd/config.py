@@ -117,7 +117,8 @@ def _table(value: Mapping[str, Any], name: str, file: Path) -> Mapping[str, Any]
 def _remotes(table: Mapping[str, Any], file: Path) -> dict[str, str]:
     found = {}
     for name in table:
-        check_name("remote", name)
+        if not is_name(name):
+            raise UsageError(f"{file}: {name!r} cannot name a remote: use A-Z a-z 0-9 _ . -")
         remote = _table(table, name, file)
         _check_keys(remote, REMOTE, file, f"remotes.{name}.")
         if not isinstance(remote.get("url"), str):

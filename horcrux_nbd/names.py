@@ -15,7 +15,7 @@ DEFAULT_BRANCH = "main"
 MAX_NAME = 100  # a socket path has 107 bytes on Linux; a file name 255
 
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
-_REF = re.compile(rf"([A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}})((?:~\d{{0,9}}|\^)*)")
+_REF = re.compile(rf"([A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}})((?:~\d{{0,9}}|\^)*)", re.ASCII)
 _HEX_ID = re.compile(r"[0-9a-f]{4,64}")
 
 

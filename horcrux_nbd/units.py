@@ -13,7 +13,7 @@ TiB = 1 << 40
 PiB = 1 << 50
 
 _FACTORS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": PiB}
-_SIZE = re.compile(r"(\d{1,18})(?:\.(\d{1,6}))?\s*([KMGTP]?)(?:I?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18})(?:\.(\d{1,6}))?\s*([KMGTP]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str | int, what: str = "size") -> int:
