@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "volume": {"chunkstore", "repository"},
     "config": {"chunkstore"},
     "generate": {"chunkstore", "repository", "source"},
+    "refresh": {"chunkstore", "repository", "source", "volume"},
     "control": set(),
     "serving": {"chunkstore", "repository", "volume", "control"},
     "plugin": {"serving"},
@@ -31,7 +32,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "host": {"chunkstore", "repository", "volume", "attach", "server", "control", "config"},
 }
 MAY_IMPORT["versions"] = MAY_IMPORT["host"] | {"host", "generate", "filesystem"}
-MAY_IMPORT["contents"] = MAY_IMPORT["versions"] | {"versions"}
 MAY_IMPORT["contents"] = MAY_IMPORT["versions"] | {"versions"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"plugin", "serving", "control"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -9,18 +10,16 @@ import click
 
 from .. import config
 from ..errors import Incomplete, NotFound, StoreMissing, UsageError
-from ..names import DEFAULT_BRANCH, check_name
+from ..names import DEFAULT_BRANCH, Version, check_name
 from ..units import format_size
 from . import output
-from .words import REPO, SIZE
+from .words import SIZE
 
 LISTED = 20  # problems printed; --json has all
 
 
 @click.command()
-@click.argument("name")
-@click.argument("source", type=click.Path())
-@click.argument("repo", type=REPO)
+@click.argument("words", nargs=-1, metavar="NAME SOURCE REPO")
 @click.option(
     "-s",
     "--chunksize",
@@ -38,6 +37,11 @@ LISTED = 20  # problems printed; --json has all
     help="File system that a directory becomes; xfs takes root and a copy of it.",
 )
 @click.option("--branch", default=DEFAULT_BRANCH, show_default=True, help="Branch to add to.")
+@click.option(
+    "--onto",
+    metavar="IMAGE",
+    help="In place of NAME: refresh IMAGE, with only the blocks new that changed.",
+)
 @click.option("-m", "--message", help="What this version is. Default: where it came from.")
 @click.option(
     "--temporary",
@@ -47,9 +51,8 @@ LISTED = 20  # problems printed; --json has all
 @output.quiet_option
 @output.json_option
 def generate(
-    name: str,
-    source: str,
-    repo: str,
+    words: tuple[str, ...],
+    onto: str | None,
     chunksize: int | None,
     free: int | None,
     size: int | None,
@@ -71,6 +74,12 @@ def generate(
     horcrux-cli generate -s 512K AMCC /var/lib/postgresql/15/main /opt/horcrux-amcc
     horcrux-cli generate --free 20G -m "before the upgrade" AMCC /srv/amcc scp://me@nas:/srv/images
 
+    --onto makes tonight's version of a directory that changed: files stay where they lay, and of
+    each changed chunk the changed blocks are stored. It reads those chunks of the last version.
+
+    \b
+    horcrux-cli generate --onto AMCC /srv/amcc scp://me@nas:/srv/images
+
     Exit code 10: the version was made, but files changed or could not be read meanwhile; they are
     listed. Stop the database, or take a snapshot, and run it again.
     """
@@ -78,10 +87,12 @@ def generate(
     from ..generate import generate as run
     from ..identity import author
     from ..progress import make_progress
+    from ..refresh import LastVersion
     from ..repository.commits import check_chunk_size
     from ..source import open_source
 
     began = time.monotonic()
+    name, source, repo = _words(words, onto)
     check_name("image", name)
     check_name("branch", branch)
     if chunksize is not None:
@@ -91,27 +102,32 @@ def generate(
     url = config.load().url(repo)
     _check_apart(source, url)
     _look_at(url)
-    with make_progress(quiet) as progress:
-        with open_source(
-            source,
-            filesystem=filesystem,
-            size=size,
-            free=free,
-            temporary=temporary,
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(make_progress(quiet))
+        last = stack.enter_context(LastVersion(url, Version(name, branch))) if onto else None
+        image = stack.enter_context(
+            open_source(
+                source,
+                filesystem=filesystem,
+                size=size,
+                free=free,
+                temporary=temporary,
+                progress=progress,
+                label=name[: 16 if filesystem == "ext4" else 12],
+                previous=last.layout() if last is not None else None,
+            )
+        )
+        done = run(
+            image,
+            stack.enter_context(open_store(url, create=True)),
+            name,
+            chunk_size=chunksize,
+            branch=branch,
+            author=author(),
+            message=message or f"generated from {os.path.abspath(source)}",
+            old_chunk=last.chunk if last is not None else None,
             progress=progress,
-            label=name[: 16 if filesystem == "ext4" else 12],
-        ) as image:
-            with open_store(url, create=True) as store:
-                done = run(
-                    image,
-                    store,
-                    name,
-                    chunk_size=chunksize,
-                    branch=branch,
-                    author=author(),
-                    message=message or f"generated from {os.path.abspath(source)}",
-                    progress=progress,
-                )
+        )
     seconds = time.monotonic() - began
     if as_json:
         output.emit_json(
@@ -144,6 +160,15 @@ def generate(
             f"{name}@{branch} was made, but {output.plural(len(done.problems), 'file')} changed or "
             "could not be read meanwhile: stop what writes there and run it again"
         )
+
+
+def _words(words: tuple[str, ...], onto: str | None) -> tuple[str, str, str]:
+    """(image, source, repository) of the command line. Raises click's usage error."""
+    given = words if onto is None else (onto, *words)
+    if len(given) != 3:
+        wanted = "NAME SOURCE REPO" if onto is None else "SOURCE REPO with --onto"
+        raise click.UsageError(f"this takes {wanted}, not {len(words)} words")
+    return given[0], given[1], given[2]
 
 
 def _check_apart(source: str, url: str) -> None:

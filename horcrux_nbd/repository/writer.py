@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import Busy, KeyNotFound, UsageError
-from ..units import MiB
+from ..units import MiB, format_size
 from .commits import Commit
 from .index import Index, update
 from .listing import Listing
@@ -255,6 +255,6 @@ def check_same_chunks(old: Commit, chunk_size: int) -> None:
     """Raises UsageError where a new version would have chunks of another size than the old."""
     if old.chunk_size != chunk_size:
         raise UsageError(
-            f"image {old.image} has chunks of {old.chunk_size} bytes, not {chunk_size}: leave the "
-            "chunk size out, or choose another image name"
+            f"image {old.image} has chunks of {format_size(old.chunk_size)}, not "
+            f"{format_size(chunk_size)}: leave the chunk size out, or choose another image name"
         )
