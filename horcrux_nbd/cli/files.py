@@ -113,7 +113,7 @@ def ls(
 
     asked = spot(words)
     with open_place(asked.target, asked.ref) as content:
-        rows = steadily([content], lambda: _rows(files_of(content), asked.path, recursive))
+        rows = steadily([content], lambda _: _rows(files_of(content), asked.path, recursive))
     if as_json:
         output.emit_json(
             {
@@ -202,7 +202,7 @@ def _reading(asked: Spot) -> Iterator[Reader]:
     from ..contents import files_of, steadily
 
     with open_place(asked.target, asked.ref) as content:
-        yield steadily([content], lambda: files_of(content))
+        yield steadily([content], lambda _: files_of(content))
 
 
 @click.command(epilog=TARGET_HELP)

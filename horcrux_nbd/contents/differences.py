@@ -18,10 +18,11 @@ from ..volume.blockmap import BASE, DATA
 from ..volume.layer import Layer
 from .content import Content
 
-# Data that is fetched to tell the blocks of changed chunks apart, and that is read for it on this
-# host. Beyond it whole chunks, or all blocks that were written, count as different.
-FETCH_LIMIT = 64 * MiB
-READ_LIMIT = 1024 * MiB
+# Chunks that are fetched to tell their blocks apart, and that are read for it on this host (where
+# the first look at each costs about 2 ms), in bytes. Beyond that whole chunks, or all blocks that
+# were written, count as different.
+FETCH_LIMIT = 16 * MiB
+READ_LIMIT = 128 * MiB
 
 
 class Differences:
@@ -31,7 +32,8 @@ class Differences:
     everywhere.
     """
 
-    def __init__(self, old: Content, new: Content) -> None:
+    def __init__(self, old: Content, new: Content, *, exact: bool = True) -> None:
+        """Not `exact`: no data is read, so blocks count that were written as they had been."""
         self._old, self._new = old, new
         self._size = new.commit.chunk_size
         self._comparable = old.commit.chunk_size == new.commit.chunk_size
@@ -39,8 +41,8 @@ class Differences:
         if self._comparable:
             self._chunks.extend(number for number, _, _ in old.index.diff(new.index))
         self._known: dict[int, list[int] | None] = {}
-        self._here: dict[int, bool] = {}
-        self._may_fetch, self._may_read = FETCH_LIMIT, READ_LIMIT
+        self._cheaply: dict[int, bool] = {}
+        self._may_fetch, self._may_read = (FETCH_LIMIT, READ_LIMIT) if exact else (0, 0)
 
     def __call__(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         if not self._comparable:
@@ -167,10 +169,9 @@ class Differences:
             end = min(stop, (number + 1) * per_chunk)
             length = min((end << BLOCK_BITS), self._old.size, self._new.size)
             length -= start << BLOCK_BITS
-            if length <= 0 or self._may_read < 2 * length or not self._both_here(number):
+            if length <= 0 or not self._cheap(number):
                 yield from range(start, end)
             else:
-                self._may_read -= 2 * length
                 a = self._old.read(start << BLOCK_BITS, length)
                 b = self._new.read(start << BLOCK_BITS, length)
                 for at in range(0, length, BLOCK_SIZE):
@@ -178,13 +179,15 @@ class Differences:
                         yield start + (at >> BLOCK_BITS)
             start = end
 
-    def _both_here(self, number: int) -> bool:
-        if number not in self._here:
-            self._here[number] = all(
+    def _cheap(self, number: int) -> bool:
+        """Whether both sides of a chunk can be read without a fetch, and enough of that is left."""
+        if number not in self._cheaply:
+            self._cheaply[number] = self._may_read >= 2 * self._size and all(
                 self._is_here(content, content.index.lookup(number))
                 for content in (self._old, self._new)
             )
-        return self._here[number]
+            self._may_read -= 2 * self._size if self._cheaply[number] else 0
+        return self._cheaply[number]
 
 
 def _ranges(blocks: Iterable[int], low: int, high: int) -> Iterator[tuple[int, int]]:

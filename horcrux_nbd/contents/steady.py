@@ -8,19 +8,15 @@ store is on this host, so writers wait for milliseconds and never for a network.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from ..attach.freeze import Freezer, write_out
-from ..errors import Busy, Damaged, NotFound
+from ..errors import Busy, Damaged, HorcruxError, NotFound
 from ..filesystem import Change, Reader, compare, open_filesystem
 from .content import SETTLED, Content
 from .differences import Differences
-
-log = logging.getLogger(__name__)
 
 _TRIES = 3  # of a volume that is written by a VM, which nobody here can freeze
 
@@ -40,66 +36,60 @@ def changed_files(old: Content, new: Content) -> list[Change]:
     to without a pause.
     """
 
-    def look() -> list[Change]:
-        return compare(files_of(old), files_of(new), Differences(old, new))
+    def look(is_frozen: bool) -> list[Change]:
+        differences = Differences(old, new, exact=not is_frozen)
+        return compare(files_of(old), files_of(new), differences)
 
     return steadily([old, new], look)
 
 
-def steadily(contents: list[Content], look: Callable[[], Result]) -> Result:
-    """What `look` finds in `contents` at one moment; it may be called more than once."""
+def steadily(contents: list[Content], look: Callable[[bool], Result]) -> Result:
+    """What `look` finds in `contents` at one moment. It may be called more than once, and is told
+    whether writers wait for it meanwhile.
+    """
     moving = [content for content in contents if content.volume is not None]
     if not moving:
-        return look()
-    result: Result | None = None
-    problem: Damaged | NotFound | None = None
-    for _ in range(_TRIES):
-        _write_out(moving)
-        before = _pulses(moving)
-        if None in before:
-            time.sleep(SETTLED)
-            before = _pulses(moving)
-        try:
-            result, problem = look(), None
-        except (Damaged, NotFound) as error:
-            problem = error
-        after = _pulses(moving)
-        if None not in before and before == after:
-            break
-        if any(content.mounts() for content in moving):
-            with _frozen(moving):
-                return look()
-    else:
+        return look(False)
+    targets = [target for content in moving for target in content.mounts()]
+    with Freezer(targets) as freezer:
+        problem: HorcruxError | None = None
+        for _ in range(_TRIES):
+            for target in targets:
+                write_out(target)
+            before = _refreshed(moving)
+            try:
+                result, problem = look(False), None
+            except (Damaged, NotFound) as error:
+                problem = error
+            if None not in before and before == _pulses(moving):
+                break
+            if targets:
+                freezer.freeze()
+                _refreshed(moving)
+                result, problem = look(True), None
+                freezer.thaw()
+                break
+        else:
+            if problem is not None:
+                names = ", ".join(content.name for content in moving)
+                problem = Busy(
+                    f"{names} is written to all the time, and by nobody whom this host could hold "
+                    f"still ({problem}): pause the VM, or look at a version of it"
+                )
         if problem is not None:
-            names = ", ".join(content.name for content in moving)
-            raise Busy(
-                f"{names} is written to all the time, and not by a mount of this host that could "
-                f"be held still ({problem}): pause the VM, or look at a version of it"
-            )
-        log.info("the volume was written to while it was read")
-    if problem is not None:
-        raise problem
-    return result  # type: ignore[return-value]
+            raise problem
+    return result
+
+
+def _refreshed(contents: list[Content]) -> list[object | None]:
+    for content in contents:
+        content.refresh()
+    before = _pulses(contents)
+    if None in before:
+        time.sleep(SETTLED)
+        before = _pulses(contents)
+    return before
 
 
 def _pulses(contents: list[Content]) -> list[object | None]:
     return [content.pulse() for content in contents]
-
-
-def _write_out(contents: list[Content]) -> None:
-    for content in contents:
-        for target in content.mounts():
-            with contextlib.suppress(OSError):  # unmounted just now: then it was written out
-                write_out(target)
-        content.refresh()
-
-
-@contextlib.contextmanager
-def _frozen(contents: list[Content]) -> Iterator[None]:
-    targets = [target for content in contents for target in content.mounts()]
-    with Freezer(targets) as freezer:
-        freezer.freeze()
-        for content in contents:
-            content.refresh()
-        yield
-        freezer.thaw()
