@@ -22,25 +22,17 @@ class ChangeWriter:
         self, old: bytes, blocks: Mapping[int, bytes], content: bytes | None
     ) -> tuple[bytes, bool]:
         """Store `blocks`, which change the chunk that `old` names; the new id, and whether it is
-        that of a patch. `content` is what the chunk was before, where that is at hand.
-        """
-        below, chain = self.flatten(old, blocks)
-        most = (self._size >> BLOCK_BITS) * PATCH_WORTH
-        # Over zeros a whole chunk costs what the patch would: zstd makes nothing of the rest.
-        whole = old == NULL_ID or len(below) > most or layers_of(chain[0]) + 1 > MAX_CHAIN
-        if content is not None and whole:
-            return self._writer.write(Kind.CHUNK, with_blocks(content, blocks)), False
-        return self._writer.write(Kind.PATCH, Patch(chain, below).encode(self._size)), True
-
-    def flatten(
-        self, old: bytes, blocks: Mapping[int, bytes]
-    ) -> tuple[dict[int, bytes], tuple[bytes, ...]]:
-        """The blocks of a patch, and its chain: patches that are at hand are merged into it.
-
-        ValueError where the patches that are not have all the layers that there can be.
+        that of a patch. `content` is what the chunk was before, where that is at hand. ValueError
+        without it where patches that are not at hand have all the layers that there can be.
         """
         merged, below, chain = self._merge(old, blocks)
-        return merged, chain or chain_over(below)
+        most = (self._size >> BLOCK_BITS) * PATCH_WORTH
+        layers = layers_of(chain[0] if chain else below) + 1
+        # Over zeros a whole chunk costs what the patch would: zstd makes nothing of the rest.
+        if content is not None and (old == NULL_ID or len(merged) > most or layers > MAX_CHAIN):
+            return self._writer.write(Kind.CHUNK, with_blocks(content, blocks)), False
+        patch = Patch(chain or chain_over(below), merged)
+        return self._writer.write(Kind.PATCH, patch.encode(self._size)), True
 
     def patched(self, old: bytes) -> dict[int, bytes]:
         """The blocks that the patches at hand, from the top on, have of what `old` names."""

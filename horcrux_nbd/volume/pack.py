@@ -129,17 +129,20 @@ class Packer:
         old = self._index.lookup(number)
         count = min(self._commit.chunk_size, self._commit.size - number * self._commit.chunk_size)
         content = self._local.content(old)
+        first: bytes | None
         if content is not None:
             changed = {n: block for n, block in blocks.items() if block_of(content, n) != block}
+            first = block_of(content, 0)
         else:
             patched = self._writer.patched(old)
             changed = {n: block for n, block in blocks.items() if patched.get(n) != block}
+            first = patched.get(0)
             if len({*blocks, *patched}) >= -(-count >> BLOCK_BITS):  # all of it is known after all
                 content = with_blocks(bytes(self._commit.chunk_size), {**patched, **blocks})
         if not changed:
             return
-        if number == 0 and changed.keys() == {0} and content is not None:
-            self._packed.bookkeeping = only_bookkeeping(content[:BLOCK_SIZE], changed[0])
+        if number == 0 and changed.keys() == {0} and first is not None:
+            self._packed.bookkeeping = only_bookkeeping(first, changed[0])
         if content is None and layers_of(old) >= MAX_LAYERS and self._local.patch(old) is None:
             content = self._fetch(old)
         new, is_patch = self._writer.store(old, changed, content)

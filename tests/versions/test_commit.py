@@ -68,7 +68,7 @@ def test_every_version_reads_as_the_volume_was(tmp_path: Path, chunk_size: int, 
     start = {0: noise(size // 2), size - 5000: noise(5000, 1)}
     disk = Disk("v", make_image(tmp_path / "repo", start, size=size, chunk_size=chunk_size))
     expected: dict[bytes, bytes] = {}
-    for round in range(12 if chunk_size < MiB else 5):
+    for round in range(8 if chunk_size < MiB else 3):
         for _ in range(chance.randrange(1, 5)):
             offset = chance.randrange(size)
             length = min(chance.choice([1, 700, BLOCK, 3 * BLOCK, chunk_size]), size - offset)
@@ -433,8 +433,8 @@ STEPS = [
     ("horcrux_nbd.volume.state:VolumeState.save", 1, "before"),
     ("horcrux_nbd.volume.state:VolumeState.save", 1, "after"),
     ("horcrux_nbd.volume.sealing:freeze", 1, "after"),
-    ("horcrux_nbd.volume.pack:Packer._store", 2, "before"),
-    ("horcrux_nbd.volume.pack:Packer._store", 3, "after"),
+    ("horcrux_nbd.volume.pack:ChangeWriter.store", 2, "before"),
+    ("horcrux_nbd.volume.pack:ChangeWriter.store", 3, "after"),
     ("horcrux_nbd.versions.commit:write_index", 1, "before"),
     ("horcrux_nbd.versions.commit:write_index", 1, "after"),
     ("horcrux_nbd.repository.writer:ObjectWriter.barrier", 1, "after"),
@@ -528,7 +528,7 @@ def test_layers_of_commits_that_failed_are_committed_together(
         disk.write((number * BLOCK, noise(3 * BLOCK, number)))
         disk.zero((number + 5) * BLOCK, BLOCK)
         with monkeypatch.context() as patch:
-            patch.setattr(pack.Packer, "_store", _full)
+            patch.setattr(pack.ChangeWriter, "store", _full)
             with pytest.raises(StoreFull):
                 disk.commit()
         disk.check()
