@@ -170,6 +170,10 @@ def _go(
         members["stash"] = (_stash_of(state, message), *state.stash)
     session.local.store.put(object_key(oid), encode(Kind.COMMIT, plain))
     session.local.store.sync()
+    line = {found.hex() for found, _ in session.local.commits(oid)}
+    members["kept"] = tuple(
+        kept for kept in members.get("kept", state.kept) if kept.tip not in line
+    )
     layer = _empty_layer(session, state, commit.size)
     session.save(base=oid.hex(), size=commit.size, layers=(layer,), **members)
     reflog.append(session.folder, action, state.base, oid.hex(), message)

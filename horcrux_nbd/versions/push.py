@@ -202,11 +202,13 @@ def _send(
 
 def _moved(session: Session, target: str, tip: bytes) -> None:
     """The branch has our commits. What follows is tidying up, and may be broken off anywhere."""
-    before = session.state
-    sent = reach(session.local, session.own_commits()).all()
+    before, commits = session.state, session.own_commits()
+    sent = reach(session.local, commits).all()
     if (before.ref, before.upstream) != (target, tip.hex()):
-        heads = {name: line for name, line in before.heads.items() if name != target}
-        session.save(ref=target, upstream=tip.hex(), heads=heads, seen=None)
+        gone = {oid.hex() for oid, _ in commits}
+        heads = {n: line for n, line in before.heads.items() if n != target}
+        kept = tuple(line for line in before.kept if line.tip not in gone)
+        session.save(ref=target, upstream=tip.hex(), heads=heads, kept=kept, seen=None)
         reflog.append(session.folder, "push", before.base, before.base, f"to {target}")
     # All but the commit that the volume lies on: it is opened with the store away.
     session.local.release(sent - {tip})
