@@ -223,7 +223,7 @@ def test_any_bytes() -> None:
 def test_an_image_keeps_its_chunk_size() -> None:
     old = Commit("A", CHUNK, CHUNK, NULL_ID, time=TIME)
     check_same_chunks(old, CHUNK)
-    with pytest.raises(UsageError, match="image A has chunks of 65536 bytes, not 131072"):
+    with pytest.raises(UsageError, match=r"image A has chunks of 64.0 KiB, not 128.0 KiB"):
         check_same_chunks(old, 2 * CHUNK)
 
 
