@@ -153,13 +153,13 @@ class FuseLoop:
         return loop_devices(state / FOLDER / FILE)
 
     def abort(self, state: Path) -> list[str]:
-        # A killed program's losetup may still be at work and would bind a device behind our back.
+        # A killed program's losetup or umount may still be at work, and would get in our way.
         helpers = _helpers(state)
         for process in helpers:
             process.signal(signal.SIGKILL)
         for process in helpers:
             process.wait_gone(ABORT_TIMEOUT)
-        return [f"killed process {process.pid}, which served it" for process in helpers]
+        return [f"killed process {process.pid}, which worked for it" for process in helpers]
 
     def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []
@@ -208,7 +208,11 @@ def _is_free(device: str, file: Path) -> bool:
 
 def _helpers(state: Path) -> list[Process]:
     folder = state / FOLDER
-    return with_argument("nbdfuse", str(folder)) + with_argument("losetup", str(folder / FILE))
+    return [
+        *with_argument("nbdfuse", str(folder)),
+        *with_argument("losetup", str(folder / FILE)),
+        *with_argument("umount", str(folder)),
+    ]
 
 
 DRIVER = FuseLoop()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 from ..errors import Busy, EnvironmentProblem, HorcruxError
 from . import busy, handshake, nbd_netlink
 from .base import Attachment, Request, Status, server_status
-from .processes import ProgramFailed, run, wait_until
+from .processes import ProgramFailed, run, wait_until, with_argument
 
 NAME = "nbd"
 ABORT_TIMEOUT = 10.0  # seconds to disconnect, with a Python to start
@@ -64,7 +65,7 @@ class KernelNbd:
         finally:
             handshake.close_all(streams)
         if numbers(backend) != [number]:
-            disconnect(number, CONNECT_TIMEOUT)
+            disconnect(number, backend, CONNECT_TIMEOUT)
             raise EnvironmentProblem(
                 "this kernel's NBD driver keeps no name for a device, so a crash could lose it: "
                 "use Linux 5.15 or later, or --via fuse"
@@ -106,15 +107,19 @@ class KernelNbd:
         return [f"/dev/nbd{number}" for number in numbers(identifier(state))]
 
     def abort(self, state: Path) -> list[str]:
+        # A killed program's disconnect may still be at work, and would hit the next attachment.
+        for process in with_argument(Path(sys.executable).name, identifier(state)):
+            process.signal(signal.SIGKILL)
+            process.wait_gone(ABORT_TIMEOUT)
         found = numbers(identifier(state))
         for number in found:
-            disconnect(number, ABORT_TIMEOUT)
+            disconnect(number, identifier(state), ABORT_TIMEOUT)
         return [f"disconnected /dev/nbd{number}" for number in found]
 
     def release(self, state: Path, *, timeout: float, force: bool) -> list[str]:
         removed = []
         for number in numbers(identifier(state)):
-            disconnect(number, timeout)
+            disconnect(number, identifier(state), timeout)
             # While somebody has it open the kernel keeps it, and its name, without connections.
             limit = ABORT_TIMEOUT if force else timeout
             if wait_until(partial(_is_free, number, identifier(state)), limit):
@@ -127,10 +132,14 @@ class KernelNbd:
         return removed
 
 
-def disconnect(number: int, timeout: float) -> None:
-    """In a process of its own: the kernel sends a farewell, and waits if nobody reads it."""
+def disconnect(number: int, backend: str, timeout: float) -> None:
+    """In a process of its own: the kernel sends a farewell, and waits if nobody reads it.
+
+    `backend` is on its command line so that it can be found.
+    """
+    program = [sys.executable, "-m", nbd_netlink.__name__]
     try:
-        run([sys.executable, "-m", nbd_netlink.__name__, "disconnect", str(number)], timeout)
+        run([*program, "disconnect", str(number), backend], timeout)
     except ProgramFailed as error:
         raise HorcruxError(error.said) from error
 

@@ -2,13 +2,12 @@
 
 Needs no process that stays: the kernel owns the sockets. Sources: linux/nbd-netlink.h,
 linux/genetlink.h, linux/netlink.h. As a program (`python -m horcrux_nbd.attach.nbd_netlink
-disconnect N`) it disconnects in a process of its own, because the kernel waits in that call for a
-server that takes no data.
+disconnect N NAME`) it disconnects in a process of its own, because the kernel waits in that call
+for a server that takes no data.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -148,10 +147,9 @@ def _exchange(link: socket.socket, family: int, command: int, payload: bytes) ->
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        if len(sys.argv) != 3 or sys.argv[1] != "disconnect" or not sys.argv[2].isdigit():
-            sys.exit("usage: python -m horcrux_nbd.attach.nbd_netlink disconnect N")
-        try:
-            disconnect(int(sys.argv[2]))
-        except HorcruxError as error:
-            sys.exit(str(error))
+    if len(sys.argv) != 4 or sys.argv[1] != "disconnect" or not sys.argv[2].isdigit():
+        sys.exit("usage: python -m horcrux_nbd.attach.nbd_netlink disconnect N NAME")
+    try:
+        disconnect(int(sys.argv[2]))
+    except HorcruxError as error:
+        sys.exit(str(error))

@@ -6,58 +6,56 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from horcrux_nbd.attach import device, mount
 from horcrux_nbd.attach.base import RECORD, Attachment
 from horcrux_nbd.attach.mountinfo import mounted_at
+from horcrux_nbd.attach.processes import Process
 from horcrux_nbd.errors import Busy, HorcruxError, NotFound
 
 from .conftest import Server, needs_fuse, wait_for
 
 pytestmark = needs_fuse
 
-# Dies at the N-th thing that it does to the machine: right before it, or a moment into it. Audit
-# events (PEP 578) see every folder made, file written and program started, so no step is missed.
-DIES = """
-import os, signal, sys
-from pathlib import Path
-from horcrux_nbd.attach import device
-from horcrux_nbd.attach.base import Attachment
-
-what, left, into, via, socket, state = sys.argv[1:]
-left, into = int(left), float(into)
-
-def hook(event, arguments):
-    global left
-    if event == "open":
-        if not arguments[2] or not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-    elif event not in ("subprocess.Popen", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-        return
-    if left == 0:
-        if into:
-            signal.setitimer(signal.ITIMER_REAL, into)  # its signal is deadly by default
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-
-sys.addaudithook(hook)
-if what == "attach":
-    device.attach(Path(socket), name="volume", state=Path(state), via=via)
-else:
-    device.detach(Attachment.load(Path(state)))
-"""
+# Audit events (PEP 578) for what changes the machine: folders made, files written, programs begun.
+CHANGES = ("subprocess.Popen", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def die(what: str, step: int, into: float, via: str, server: Server, state: Path) -> bool:
-    """Whether it died; False if it had come to its end."""
-    argv = [what, str(step), str(into), via, str(server.socket), str(state)]
-    child = subprocess.run([sys.executable, "-c", DIES, *argv], check=False, timeout=60)
-    assert child.returncode in (0, -signal.SIGKILL, -signal.SIGALRM)
-    return child.returncode != 0
+def die(what: Callable[[], object], step: int, into: float) -> bool:
+    """Do `what` in a child that dies at its `step`-th change: right before it, or a moment into it.
+
+    Whether it died; False if it had come to its end.
+    """
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event not in CHANGES and not (event == "open" and (arguments[2] or 0) & WRITING):
+                return
+            if left == 0 and into:
+                signal.setitimer(signal.ITIMER_REAL, into)
+            elif left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # deadly; pytest-timeout had it
+            sys.addaudithook(hook)
+            what()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL, -signal.SIGALRM)
+    return status != 0
 
 
 @pytest.mark.parametrize("into", [0, 0.02])
@@ -65,21 +63,34 @@ def die(what: str, step: int, into: float, via: str, server: Server, state: Path
 def test_killed_at_every_step(
     what: str, into: float, via: str, server: Server, state: Path
 ) -> None:
-    died = completed = step = 0
-    while not completed if not into else completed < 3:  # the timer may come after the end
+    def attach() -> Attachment:
+        return device.attach(server.socket, name="volume", state=state, via=via)
+
+    died = completed = 0
+    while completed < (3 if into else 1):  # the timer may come after the end
         if what == "detach":
-            device.attach(server.socket, name="volume", state=state, via=via)
-        if die(what, step, into, via, server, state):
-            died += 1
+            attachment = attach()
+            dead = die(lambda a=attachment: device.detach(a), died + completed, into)  # type: ignore[misc]
         else:
-            completed += 1
+            dead = die(attach, died + completed, into)
+        died += dead
+        completed += not dead
         device.clean_up(state)
         assert not state.exists()
         assert not _processes_of(state)
-        step += 1
-    assert died > 4
-    # And then it works as if nothing had been.
-    device.detach(device.attach(server.socket, name="volume", state=state, via=via))
+    assert died > (1 if into else 4)
+    device.detach(attach())  # and then it works as if nothing had been
+
+
+def test_what_a_dead_program_left_at_work_is_ended(tmp_path: Path, state: Path) -> None:
+    """A losetup that was under way could bind a device after all was cleaned up."""
+    program = tmp_path / "losetup"
+    program.write_text("#!/usr/bin/python3\nimport time\ntime.sleep(60)\n")
+    program.chmod(0o755)
+    child = subprocess.Popen([str(program), "--find", str(state / "fuse" / "nbd")])
+    wait_for(lambda: Process(child.pid, 0).name() == "losetup", "exec")
+    assert device.clean_up(state)
+    child.wait(1)
 
 
 def _processes_of(state: Path) -> list[str]:
@@ -90,7 +101,7 @@ def _processes_of(state: Path) -> list[str]:
                 line = Path(f"/proc/{entry}/cmdline").read_bytes()
             except OSError:
                 continue
-            if os.fsencode(state / "fuse") in line:
+            if os.fsencode(state) in line:
                 found.append(line.decode())
     return found
 

@@ -246,10 +246,10 @@ def test_the_kernel_picks_free_devices_for_many_at_once(server: Server, tmp_path
         device.detach(attachment)
 
 
-def test_fifty_rounds_leave_nothing(server: Server, state: Path) -> None:
+def test_many_rounds_leave_nothing(server: Server, state: Path) -> None:
     descriptors = f"/proc/{os.getpid()}/fd"
     before = len(os.listdir(descriptors))
-    for _ in range(50):
+    for _ in range(10):  # 50 passed as well; each takes 2 s and more under emulation
         attachment = device.attach(server.socket, name="volume", state=state, via="nbd")
         device.detach(attachment)
         assert not state.exists()

@@ -28,7 +28,7 @@ def test_a_kernel_without_the_driver_is_one_line() -> None:
     with pytest.raises(EnvironmentProblem, match="no NBD driver loaded: modprobe nbd"):
         nbd_netlink.disconnect(0)
     child = subprocess.run(
-        [sys.executable, "-m", nbd_netlink.__name__, "disconnect", "0"],
+        [sys.executable, "-m", nbd_netlink.__name__, "disconnect", "0", "name"],
         capture_output=True,
         text=True,
         check=False,

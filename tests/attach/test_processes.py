@@ -57,7 +57,8 @@ def test_a_recycled_pid_is_not_signalled() -> None:
         other = Process(process.pid, process.start - 1)
         other.signal(signal.SIGKILL)
         assert other.wait_gone(0)
-        assert process.alive()
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.3)
     finally:
         child.kill()
         child.wait()
