@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from .closing import Closing
 from .units import format_size
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PLAIN_INTERVAL = 5.0  # seconds between lines where there is no terminal (a CI log)
 
 
-class Progress:
+class Progress(Closing):
     """Says nothing. Base of the others; safe to call from several threads."""
 
     def start(self, what: str, total: int | None = None) -> None:
@@ -34,17 +34,6 @@ class Progress:
 
     def close(self) -> None:
         """No more comes."""
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class PlainProgress(Progress):

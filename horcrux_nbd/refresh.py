@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from types import TracebackType
-
 from .chunkstore import open_store
+from .closing import Closing
 from .names import Version
 from .repository.repository import Repository
 from .source import Layout, read_layout
 from .volume.volume import Volume
 
 
-class LastVersion:
+class LastVersion(Closing):
     """A version of the repository at `url`, read through this host's cache. A context manager."""
 
     def __init__(self, url: str, version: Version) -> None:
@@ -36,14 +34,5 @@ class LastVersion:
         self._volume.read_into(offset, memoryview(data))
         return bytes(data)
 
-    def __enter__(self) -> LastVersion:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError):
-            self._volume.close()
+    def close(self) -> None:
+        self._volume.close()

@@ -14,7 +14,7 @@ ROOT = Path(horcrux_nbd.__file__).parent.parent
 
 # A part is a package or a module directly in horcrux_nbd. It may import itself, BASE, and what is
 # named here: nothing else of ours.
-BASE = {"errors", "units", "names", "files", "progress", "paths", "identity"}
+BASE = {"closing", "errors", "units", "names", "files", "progress", "paths", "identity"}
 MAY_IMPORT: dict[str, set[str]] = {
     "chunkstore": set(),
     "repository": {"chunkstore"},

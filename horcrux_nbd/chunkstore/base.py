@@ -13,8 +13,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
+from ..closing import Closing
 from ..errors import KeyNotFound, UsageError
 
 MAX_KEY = 1000  # S3 allows 1,024 bytes, some of which a prefix takes
@@ -57,7 +57,7 @@ class Stat:
     mtime: float  # seconds since 1970 by the store's own clock; when it was last put
 
 
-class ChunkStore(ABC):
+class ChunkStore(Closing, ABC):
     """One chunk store. Safe to call from any number of threads.
 
     Every operation may raise StoreUnavailable (may work later), StoreRefused (credentials, host
@@ -97,7 +97,7 @@ class ChunkStore(ABC):
         see them, durably, when the next `sync` returns, if not before.
         """
 
-    def sync(self) -> None:  # noqa: B027 - most stores are durable with each put
+    def sync(self) -> None:
         """Make all that was put before durable and visible to everybody.
 
         A local folder makes a thousand puts durable at the price of one this way.
@@ -144,19 +144,8 @@ class ChunkStore(ABC):
         (files left by something else, unfinished uploads) do not show.
         """
 
-    def close(self) -> None:  # noqa: B027 - most stores hold nothing
+    def close(self) -> None:
         """Give up connections. The store is not used after."""
-
-    def __enter__(self) -> ChunkStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_folder(prefix: str) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from types import TracebackType
+
+from ..closing import Closing
 
 
-class Source(ABC):
+class Source(Closing, ABC):
     """A disk image to be read once, in any order, by several threads."""
 
     size: int  # bytes of the image; need not be a multiple of anything for a raw file
@@ -41,17 +42,6 @@ class Source(ABC):
     @abstractmethod
     def close(self) -> None:
         """Remove every temporary file and stop every helper process. May be called twice."""
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_range(offset: int, length: int) -> None:

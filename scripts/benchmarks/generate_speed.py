@@ -10,7 +10,7 @@ from pathlib import Path
 from .common import Table, cli, database, folder_bytes, in_turn, mb, median_ratio, need, run, timed
 
 TITLE = "Generate"
-SCALE = 150  # about 2.2 GB
+SCALE = int(os.environ.get("SCALE", "150"))  # of pgbench; 150 is about 2.5 GB
 ROUNDS = 3
 
 
