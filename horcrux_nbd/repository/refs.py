@@ -184,7 +184,21 @@ class Refs:
 
     def is_shallow(self, image: str, commit: bytes) -> bool:
         """Whether the parents of `commit` were removed on purpose (docs/format.md, "Removal")."""
-        return self._store.exists(f"refs/{check_name('image', image)}/shallow/{commit.hex()}")
+        return self._store.exists(self.shallow_key(image, commit))
+
+    def shallow_key(self, image: str, commit: bytes) -> str:
+        """Where it is said that the parents of `commit` were removed on purpose."""
+        return f"refs/{check_name('image', image)}/shallow/{commit.hex()}"
+
+    def shallow(self, image: str) -> list[bytes]:
+        """The commits of an image whose parents were removed on purpose."""
+        found = []
+        for name in self._store.children(self.shallow_key(image, b"")):
+            with contextlib.suppress(ValueError):  # a name that is no id
+                oid = bytes.fromhex(name)
+                if kind_of(oid) is Kind.COMMIT and oid.hex() == name:
+                    found.append(oid)
+        return found
 
     # ---- what moves
 
@@ -257,6 +271,16 @@ class Refs:
                 raise UsageError(
                     f"tag {tag!r} of {image} exists already: delete it first or choose another name"
                 ) from None
+
+    def make_shallow(self, image: str, commit: bytes, *, author: str, why: str) -> None:
+        """Say that the parents of `commit` are removed on purpose. For retention, before it does.
+
+        No promise that anything is there, so it needs no rule of `sweeps`.
+        """
+        key = self.shallow_key(image, commit)
+        members = {"author": author, "key": key, "time": now(), "why": why}
+        with contextlib.suppress(KeyExists):
+            self._store.put_exclusive(key, encode_record(members))
 
     def delete_tag(self, image: str, tag: str) -> None:
         """Remove a tag, also a damaged one; raises NotFound."""
