@@ -216,6 +216,11 @@ class BlockMap:
             order, fresh = self._order, [n for n in self._fresh if low <= n < high]
         return order[bisect_left(order, low) : bisect_left(order, high)] + fresh
 
+    @property
+    def is_dirty(self) -> bool:
+        """Whether anything changed since `take_dirty`."""
+        return bool(self.dirty or self.dirty_zeros)
+
     def take_dirty(self) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
         """What changed since the last call: zeroed ranges of groups, then groups with their states.
 

@@ -3,6 +3,7 @@
 ```
 <layer>/data-000000   sparse; block b of the image is at b * 4096, 1 TiB of the image a file
 <layer>/map           maplog.py
+<layer>/recent        recent.py, while a process writes the layer
 ```
 
 Data is written in place and synced before the map that makes it visible (DESIGN §4). One file for
@@ -25,6 +26,7 @@ from ..errors import Damaged, HorcruxError, NoSpace
 from ..units import TiB
 from .blockmap import DATA, ZERO, BlockMap
 from .maplog import Changes, MapLog
+from .recent import Recent
 
 BLOCK_BITS = 12
 BLOCK_SIZE = 1 << BLOCK_BITS
@@ -67,18 +69,20 @@ class Layer:
     notes the data file as dirty before it returns. `flush` takes the marks first, then the dirty
     files, syncs those and logs the marks. So no mark reaches the disk before its data.
     **Invariant:** flushes go one after another, so what an earlier one took is synced by then.
+    **Invariant:** a mark is in `recent` before it is in the map, so it survives this process.
     """
 
     def __init__(self, folder: Path, layer_id: bytes, size: int) -> None:
         self.folder, self.id, self.size = folder, layer_id, size
         self._log = MapLog(folder / "map", layer_id, size)
+        self._recent = Recent(folder / "recent")
         self.blocks = BlockMap()
         self._files: dict[int, _File] = {}
         self._lock = threading.Lock()  # marks, files, dirty segments
         self._dirty_segments: set[int] = set()
         self._group_commit = threading.Condition()
         self._asked = self._done = 0
-        self._flushing = False
+        self._flushing = self._given_back = False
         self._failed: BaseException | None = None  # what a sync failed with
         self.read_only = False
 
@@ -91,7 +95,11 @@ class Layer:
         return layer.open()
 
     def open(self, read_only: bool = False) -> Layer:
-        """Read the map and be ready. Raises Damaged."""
+        """Read the map and be ready. Raises Damaged.
+
+        What a process that died had acknowledged is there, flushed or not, and is durable when
+        this returns, unless `read_only`. Raises NoSpace where that cannot be.
+        """
         self.read_only = read_only
         try:
             self.blocks = self._log.open(read_only)
@@ -104,6 +112,14 @@ class Layer:
             for name in os.listdir(self.folder):
                 if match := _DATA_NAME.fullmatch(name):
                     self._files[int(match.group(1))] = _File(self.folder / name, flags)
+            for mark in self._recent.load():
+                self.blocks.mark(*mark)
+            if not read_only:
+                # A process that died may have written without a sync; nobody else remembers.
+                self._dirty_segments.update(self._files)
+                if self.blocks.is_dirty:
+                    self.flush()
+                self._recent.start()
         except BaseException:
             self.close()
             raise
@@ -171,10 +187,14 @@ class Layer:
 
     def mark(self, first: int, count: int, state: int) -> None:
         """Give blocks a state. Their data must have been written before, for DATA."""
-        if self._failed:
-            raise SyncFailed(self.folder, self._failed)
-        with self._lock:
-            self.blocks.mark(first, count, state)
+        while True:
+            if self._failed:
+                raise SyncFailed(self.folder, self._failed)
+            with self._lock:
+                if self._recent.note(first, count, state):
+                    self.blocks.mark(first, count, state)
+                    return
+            self.flush()
 
     def zero(self, first: int, count: int) -> None:
         """Let `count` blocks from `first` read as zeros, and give back the room they took.
@@ -230,6 +250,9 @@ class Layer:
         everything = None
         try:
             with self._lock:
+                # What an earlier flush gave back is in the half that would be used now.
+                if self._recent.noted and not self._given_back:
+                    self._recent.switch()
                 changes = self.blocks.take_dirty()
                 changed = bool(changes[0] or changes[1])
                 if changed and self._log.wants_compaction(self.blocks.entries):
@@ -241,8 +264,10 @@ class Layer:
                 os.fdatasync(self._files[segment].fd)
             if changed:
                 self._log_changes(changes, everything)
+            self._given_back = False
         except NoSpace:
             with self._lock:
+                self._given_back = True
                 self.blocks.give_back(changes[0], [number for number, _ in changes[1]])
             raise
         except BaseException as error:
@@ -270,11 +295,14 @@ class Layer:
     def retire(self) -> None:
         """Nothing is written any more; reads that are under way go on."""
         self._log.close()
+        if self._failed is None and not self.blocks.is_dirty and not self.read_only:
+            self._recent.remove()
+        self._recent.close()
 
     def close(self) -> None:
         """Give up the files; `flush` first. Nobody may call the layer any more.
 
         A frozen layer that readers may still hold needs no `close`: its files go with it.
         """
-        self._log.close()
+        self.retire()
         self._files = {}

@@ -121,7 +121,9 @@ def abandon(volume: Volume) -> None:
     overlay = volume.overlay
     if overlay is not None:
         for layer in overlay.layers:
-            layer.close()
+            layer._log.close()
+            layer._recent.close()
+            layer._files = {}
     for resource in volume._resources:
         if getattr(resource.close, "__name__", "") == "release":
             resource.close()

@@ -13,9 +13,11 @@ import pytest
 from horcrux_nbd import files
 from horcrux_nbd.errors import Damaged, NoSpace
 from horcrux_nbd.volume import layer as layers
+from horcrux_nbd.volume import recent
 from horcrux_nbd.volume.blockmap import BASE, DATA, ZERO
 from horcrux_nbd.volume.layer import BLOCK_SIZE, Layer, SyncFailed
 
+from .disk import Disk
 from .support import noise, open_descriptors
 
 ID = bytes(range(16))
@@ -41,7 +43,10 @@ def get(layer: Layer, block: int, count: int = 1) -> bytes:
     return bytes(data)
 
 
-def test_what_was_flushed_is_there_and_what_was_not_is_not(tmp_path: Path) -> None:
+def test_after_a_power_cut_what_was_flushed_is_there_and_what_was_not_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path, monkeypatch)
     layer = new_layer(tmp_path / "l")
     put(layer, 7, noise(BLOCK_SIZE * 3))
     layer.zero(100, 5000)
@@ -49,11 +54,74 @@ def test_what_was_flushed_is_there_and_what_was_not_is_not(tmp_path: Path) -> No
     put(layer, 20, noise(BLOCK_SIZE, 1))
     layer.zero(8, 1)
     layer.close()
+    disk.cut(random.Random(1))
     again = reopened(tmp_path / "l")
     assert [again.blocks.state(b) for b in (6, 7, 8, 9, 10, 20)] == [BASE, DATA, DATA, DATA, 0, 0]
     assert again.blocks.state(100) == again.blocks.state(5099) == ZERO
     assert get(again, 7) == noise(BLOCK_SIZE * 3)[:BLOCK_SIZE]
     assert get(again, 8) in (noise(BLOCK_SIZE * 3)[BLOCK_SIZE : 2 * BLOCK_SIZE], bytes(BLOCK_SIZE))
+
+
+def test_after_the_death_of_the_process_all_is_there_and_the_next_flush_means_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that connects again believes in what was acknowledged, and flushes it then."""
+    disk = Disk(tmp_path, monkeypatch)
+    layer = new_layer(tmp_path / "l")
+    put(layer, 7, noise(BLOCK_SIZE))
+    layer.flush()
+    layer.write(7 * BLOCK_SIZE, noise(BLOCK_SIZE, "in place"))
+    put(layer, 20, noise(BLOCK_SIZE, 1))
+    layer.zero(1000, 5000)
+    die(layer)
+    again = reopened(tmp_path / "l")
+    assert [again.blocks.state(b) for b in (7, 20, 1000, 5999, 6000)] == [DATA, DATA, ZERO, ZERO, 0]
+    again.flush()
+    die(again)
+    disk.cut(random.Random(2))
+    last = reopened(tmp_path / "l")
+    assert get(last, 7) == noise(BLOCK_SIZE, "in place")
+    assert get(last, 20) == noise(BLOCK_SIZE, 1)
+    assert last.blocks.count() == (2, 5000)
+    last.close()
+
+
+def test_the_death_of_the_process_between_two_tries_of_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = new_layer(tmp_path / "l")
+    put(layer, 1, noise(BLOCK_SIZE))
+    with monkeypatch.context() as patched:
+        patched.setattr(layer._log, "append", _raise(NoSpace("full")))
+        for block in range(2, 6):
+            with pytest.raises(NoSpace):
+                layer.flush()
+            put(layer, block, noise(BLOCK_SIZE, block))
+    die(layer)
+    assert reopened(tmp_path / "l").blocks.count() == (5, 0)
+
+
+def test_when_there_is_no_room_for_marks_a_flush_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recent, "HALF", 64 + 10 * 24)
+    layer = new_layer(tmp_path / "l")
+    for block in range(0, 200, 2):
+        put(layer, block, noise(BLOCK_SIZE, block))
+        layer.zero(500, 1)  # changes nothing after the first, and is noted all the same
+    die(layer)
+    again = reopened(tmp_path / "l")
+    assert again.blocks.count() == (100, 1)
+    assert get(again, 198) == noise(BLOCK_SIZE, 198)
+    again.close()
+    assert not (tmp_path / "l" / "recent").exists(), "nothing is left to note"
+
+
+def die(layer: Layer) -> None:
+    """Close as the death of the process does: without any last act."""
+    layer._log.close()
+    layer._recent.close()
+    layer._files = {}
 
 
 def test_data_is_synced_before_the_map_that_shows_it(
