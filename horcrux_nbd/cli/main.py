@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -36,6 +37,7 @@ PROGRAM = "horcrux-cli"
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM
 OUTPUT_CLOSED = 141  # 128 + SIGPIPE
+HICCUP = 5.0  # seconds
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "The way in": (generate.generate, repositories.verify),
@@ -152,10 +154,25 @@ class _Log(logging.Handler):
         click.echo(f"{PROGRAM}: {record.levelname.lower()}: {record.getMessage()}", err=True)
 
 
+class _Hiccup(logging.Filter):
+    """Drops warnings of the first seconds, about a store that is tried again: either that passes,
+    or it ends in an error that says the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._until = time.monotonic() + HICCUP
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING or time.monotonic() > self._until
+
+
 def _set_up_log(debug: bool) -> None:
     root = logging.getLogger()
     root.handlers = [_Log()]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
+    if not debug:
+        logging.getLogger("horcrux_nbd.chunkstore").addFilter(_Hiccup())
     # boto3 and paramiko tell a lot, and some of it (headers, keys' names) is none of a log's
     # business.
     for library in ("boto3", "botocore", "urllib3", "paramiko", "s3transfer"):

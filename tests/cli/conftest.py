@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,3 +37,16 @@ def volume(made_repository: Path) -> Iterator[str]:
     yield "amcc"
     run("umount", "--force", "amcc", ok=False)
     run("detach", "--force", "amcc", ok=False)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small tmpfs: run as root (sudo)")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    subprocess.run(command, check=True, timeout=30)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True, timeout=30)

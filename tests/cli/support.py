@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -61,6 +62,6 @@ def make_directory(folder: Path) -> Path:
     (folder / "sub").mkdir(parents=True)
     (folder / "empty").touch()
     (folder / "small").write_text("hello\n")
-    (folder / "sub" / "large").write_bytes(bytes(range(256)) * 8192)
+    (folder / "sub" / "large").write_bytes(random.Random(1).randbytes(2 << 20))
     (folder / "link").symlink_to("small")
     return folder
