@@ -89,6 +89,12 @@ class ChunkStore(Closing, ABC):
         ValueError for a negative offset or length.
         """
 
+    def copies(self, key: str, length: int) -> Iterator[tuple[ChunkStore, bytes]]:
+        """The copies of an object (up to `length` bytes) in several stores that are one, with the
+        store of each; nothing where there is but one. To find a sound one of a damaged object.
+        """
+        return iter(())
+
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
         """Store `data` under `key`, replacing what was there, whole or not at all.

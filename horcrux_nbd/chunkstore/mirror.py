@@ -62,11 +62,11 @@ class MirrorStore(WrapperStore):
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         return self._first_answer(f"get {key}", lambda store: store.get(key, offset, length))
 
-    def copies(self, key: str) -> Iterator[tuple[ChunkStore, bytes]]:
+    def copies(self, key: str, length: int | None = None) -> Iterator[tuple[ChunkStore, bytes]]:
         """Each store that has `key`, and what it has: to find a sound copy of a damaged object."""
         for store in self._order():
             try:
-                data = store.get(key)
+                data = store.get(key, 0, length)
             except StoreError as error:
                 self._failed(store, error, f"get {key}")
                 continue

@@ -42,6 +42,9 @@ class WrapperStore(ChunkStore):
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         return self._do(f"get {key}", lambda: self.store.get(key, offset, length))
 
+    def copies(self, key: str, length: int) -> Iterator[tuple[ChunkStore, bytes]]:
+        return self.store.copies(key, length)
+
     def put(self, key: str, data: bytes) -> None:
         self._do(f"put {key}", lambda: self.store.put(key, data))
 

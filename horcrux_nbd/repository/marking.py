@@ -146,6 +146,8 @@ class Marking:
     ) -> None:
         self.repository, self.listing = repository, listing
         self.owners = array("I", bytes(4 * len(listing)))  # by place; 0: nobody, or MANY
+        self.levels = bytearray(len(listing))  # of nodes that were reached, by place
+        self.missing: set[bytes] = set()  # reached, and not in the listing
         self._progress = progress or Progress()
         self._pool = ThreadPoolExecutor(
             max(2, repository.store.concurrency), thread_name_prefix="mark"
@@ -174,6 +176,7 @@ class Marking:
         """Note that `owner` needs an object; whether what is below it has to be told as well."""
         at = self.listing.find(oid)
         if at is None:  # stored since the listing was made, or missing
+            self.missing.add(oid)
             return True
         before = self.owners[at]
         if before in (owner, MANY):
@@ -201,6 +204,9 @@ class Marking:
                 return self._read(lambda: read_table(self.repository, level, oid), b"", tolerant)
 
             for oid, table in zip(nodes, self.each(read, nodes), strict=True):
+                at = self.listing.find(oid)
+                if at is not None:
+                    self.levels[at] = level
                 self._progress.advance(len(table))
                 for child in table_ids(table):
                     if level:

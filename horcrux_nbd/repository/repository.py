@@ -6,6 +6,7 @@ writers go from the leaves up (docs/format.md, "Order of writing").
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -106,8 +107,13 @@ class Repository:
             raise Damaged(f"{what} is damaged ({error})") from None
 
     @classmethod
-    def create(cls, store: ChunkStore, chunk_size: int = DEFAULT_CHUNK) -> Repository:
-        """Make a repository in `store`, or open the one that is there already."""
+    def create(
+        cls, store: ChunkStore, chunk_size: int = DEFAULT_CHUNK, copy_of: Repository | None = None
+    ) -> Repository:
+        """Make a repository in `store`, or open the one that is there already.
+
+        `copy_of` another it has the same configuration, and is the same one: its id too.
+        """
         check_chunk_size(chunk_size)
         store.prepare()
         try:
@@ -132,8 +138,11 @@ class Repository:
             "hash": HASH,
             "id": secrets.token_hex(16),
         }
+        data = encode_record(config, indent=2)
+        if copy_of is not None:
+            data = copy_of.store.get(CONFIG_KEY, 0, MAX_RECORD + 1)
         try:
-            store.put_exclusive(CONFIG_KEY, encode_record(config, indent=2))
+            store.put_exclusive(CONFIG_KEY, data)
         except KeyExists:  # somebody made it at the same moment
             log.info("%s was made by somebody else just now", store.url)
         return cls.open(store)
@@ -156,8 +165,15 @@ class Repository:
         """Kind and verified plaintext of one object from the store.
 
         `chunk_size` bounds chunks and patches. Raises Damaged, which names the object, also for
-        one that is missing; StoreUnavailable and others as `ChunkStore.get` does.
+        one that is missing; StoreUnavailable and others as `ChunkStore.get` does. Where the store
+        has mirrors, a damaged object comes from one that has it sound.
         """
+        return self.read_stored(oid, kinds, chunk_size)[:2]
+
+    def read_stored(
+        self, oid: bytes, kinds: tuple[Kind, ...], chunk_size: int = 0
+    ) -> tuple[Kind, bytes, bytes]:
+        """As `read_object`, and the object as it is stored."""
         if kind_of(oid) not in kinds:
             raise Damaged(f"{oid.hex()} is named where a {kinds[0].name.lower()} belongs")
         bound = self.max_plain(kinds, chunk_size)
@@ -168,7 +184,17 @@ class Repository:
             raise Damaged(
                 f"object {oid.hex()} is missing in {self.url}: `horcrux-cli verify` lists what is"
             ) from None
-        return decode(data, oid, kinds, bound, self.url)
+        try:
+            return *decode(data, oid, kinds, bound, self.url), data
+        except Damaged as error:
+            for store, copy in self.store.copies(object_key(oid), max_stored(bound) + 1):
+                with contextlib.suppress(Damaged):
+                    sound = *decode(copy, oid, kinds, bound, store.url), copy
+                    log.warning(
+                        "%s: %s has it sound; `horcrux-cli repair` mends it", error, store.url
+                    )
+                    return sound
+            raise
 
     def read_chunk(
         self,
