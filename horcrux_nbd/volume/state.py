@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..chunkstore import open_store
+from ..chunkstore import open_store, parse_store_url
 from ..errors import Damaged, EnvironmentProblem, NotFound, UsageError
 from ..names import DEFAULT_BRANCH, Version, check_name
 from ..repository.commits import Commit, check_chunk_size, now
@@ -95,6 +95,7 @@ class VolumeState:
     chunk_size: int
     layers: tuple[LayerName, ...]
     read_only: bool = False
+    mirrors: tuple[str, ...] = ()  # other places of the repository, to read from
     created: str = field(default_factory=now)
     # Commit (hex) that the branch had when it was last looked at: what a push expects to find.
     upstream: str | None = None
@@ -161,6 +162,7 @@ class VolumeState:
             )
             parts = {
                 "layers": layers,
+                "mirrors": tuple(value.get("mirrors", ())),
                 "pending": pending
                 and Pending(**{**pending, "members": tuple(pending.get("members", ()))}),
                 "seen": seen and Seen(**seen),
@@ -207,7 +209,12 @@ def lock_of(folder: Path, name: str) -> files.FileLock:
 
 
 def create_volume(
-    folder: Path, repository: Repository, resolved: Resolved, *, read_only: bool = False
+    folder: Path,
+    repository: Repository,
+    resolved: Resolved,
+    *,
+    read_only: bool = False,
+    mirrors: Sequence[str] = (),
 ) -> VolumeState:
     """Make `folder` a volume of a version. Fetches nothing; keeps the commit, for when the store
     is away. Call it under the volume's lock. Raises UsageError where something else is in there.
@@ -235,6 +242,7 @@ def create_volume(
         chunk_size=commit.chunk_size,
         layers=(layer,),
         read_only=read_only,
+        mirrors=tuple(mirrors),
         upstream=resolved.id.hex(),
     )
     files.make_folder(folder, 0o700)
@@ -276,7 +284,7 @@ def check_fits(
             f"overlay {folder} belongs to {state.asked}, not to {version}: use ref={state.ref}, "
             "or another overlay folder"
         )
-    if repository is not None and repository != state.repository:
+    if repository is not None and str(parse_store_url(repository)) != state.repository:
         with open_store(repository) as store:
             if Repository.open(store).id != state.repository_id:
                 raise UsageError(

@@ -181,3 +181,18 @@ def test_readers_beside_a_marker_see_each_block_before_or_after() -> None:
     for reader in readers:
         reader.join(10)
     assert wrong == []
+
+
+def test_a_trimmed_group_is_zeros_before_it_is_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment that the threads above hardly ever meet."""
+    blocks = BlockMap()
+    blocks.mark(0, GROUP * 64, DATA)
+    add, seen = blocks._zeros.add, []
+
+    def look(start: int, stop: int) -> None:
+        seen.append(blocks.state(GROUP * 5))
+        add(start, stop)
+
+    monkeypatch.setattr(blocks._zeros, "add", look)
+    blocks.mark(0, GROUP * 64, ZERO)
+    assert seen == [DATA]

@@ -142,6 +142,7 @@ def test_a_file_that_is_cut_off_while_it_is_open_is_noticed(cache: Cache) -> Non
     assert file is not None
     os.truncate(path_of(cache, 1), 1000)
     assert not file.read_into(0, memoryview(bytearray(SIZE)))
+    assert not file.read_into(2000, memoryview(bytearray(10)))
     assert got(cache, 1) is None
     cache.drop(oid_of(1))
     assert not cache.has(oid_of(1))
