@@ -23,7 +23,6 @@ from .processes import Process, boot_id
 from .sockets import listener
 
 RECORD = "attachment.json"
-CONNECTIONS = 4  # 4 KiB cold reads: 3,130/s over one connection, 10,097/s over four (PEERS.md)
 REQUEST_TIMEOUT = 90  # seconds; above our fetch budget of 60 s, so the server's answer comes first
 DEAD_TIMEOUT = 300  # seconds that requests queue for a server that is being started again
 
@@ -50,7 +49,7 @@ class Attachment:
     name: str  # the volume
     size: int  # bytes
     read_only: bool = False
-    connections: int = CONNECTIONS
+    connections: int = 1
     processes: tuple[Process, ...] = ()  # helpers of ours that must live (nbdfuse, nbdublk)
     boot: str = field(default_factory=boot_id)
     # Inode of the server's socket: tells a restarted server. Changes with a reconnect, and is no
@@ -108,6 +107,7 @@ class Driver(Protocol):
     """The functions of a module that attaches in one way."""
 
     NAME: str
+    CONNECTIONS: int  # to the server, unless asked for otherwise
 
     def missing(self) -> tuple[str, str] | None:
         """What this machine lacks for it and how to get it; None if nothing."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import files
 from ..errors import Busy, EnvironmentProblem, HorcruxError, NotFound
 from . import busy, choose, mount, mountinfo
-from .base import CONNECTIONS, DEAD_TIMEOUT, RECORD, REQUEST_TIMEOUT, Attachment, Request, Status
+from .base import DEAD_TIMEOUT, RECORD, REQUEST_TIMEOUT, Attachment, Request, Status
 from .processes import ProgramFailed, TimedOut, run
 from .sockets import listener
 
@@ -24,16 +24,17 @@ def attach(
     state: Path,
     read_only: bool = False,
     via: str | None = None,
-    connections: int = CONNECTIONS,
+    connections: int | None = None,
     request_timeout: int = REQUEST_TIMEOUT,
     dead_timeout: int = DEAD_TIMEOUT,
 ) -> Attachment:
     """Make the NBD server that listens on `socket` a block device, and record it in `state`.
 
     `state` is a folder for this attachment alone, made with mode 0700 and removed by `detach`.
-    `via` is "nbd", "ublk" or "fuse", or None for the best. Time-outs are in seconds: one request
-    may take `request_timeout`, and requests wait `dead_timeout` for a server that went away (kernel
-    NBD). Raises Busy if `state` holds an attachment, NotFound if there is no socket,
+    `via` is "nbd", "ublk" or "fuse", or None for the best; `connections` None is what suits it.
+    Time-outs are in seconds: one request may take `request_timeout`, and requests wait
+    `dead_timeout` for a server that went away (kernel NBD). Raises Busy if `state` holds an
+    attachment, NotFound if there is no socket,
     EnvironmentProblem, TimedOut; then nothing is left behind.
     """
     if os.geteuid() != 0:
@@ -59,7 +60,7 @@ def attach(
                 name=name,
                 state=state,
                 read_only=read_only,
-                connections=connections,
+                connections=connections or driver.CONNECTIONS,
                 request_timeout=request_timeout,
                 dead_timeout=dead_timeout,
             )

@@ -46,6 +46,19 @@ def test_the_device_is_what_the_server_serves(attached: Attachment, server: Serv
     assert Path(attached.device).open("rb").read(4 * MiB) == expected
 
 
+def test_reads_that_wait_for_the_store_run_in_parallel(server: Server, state: Path) -> None:
+    """A request under way holds its connection, so their number is that of cold reads at once."""
+    server.stop()
+    server.filters, server.arguments = ["delay"], ["rdelay=200ms"]
+    server.start()
+    attachment = device.attach(server.socket, name="volume", state=state, via="fuse")
+    job = ["--rw=randread", "--bs=4k", "--iodepth=32", "--number_ios=40", "--direct=1"]
+    run(["fio", "--name=x", f"--filename={attachment.device}", "--ioengine=libaio", *job], 30)
+    device.detach(attachment)
+    used = {line.split("connection=")[1].split()[0] for line in server.requests("Read")}
+    assert len(used) >= attachment.connections
+
+
 def test_only_root_gets_to_the_fuse_file(attached: Attachment) -> None:
     state = Path(attached.state)
     assert state.stat().st_mode & 0o777 == 0o700
@@ -171,7 +184,7 @@ def test_fifty_rounds_leave_nothing(server: Server, state: Path, target: Path) -
     device.detach(device.attach(server.socket, name="volume", state=state, via="fuse"))
     assert len(os.listdir(descriptors)) == before
     wait_for(
-        lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) < 40,  # type: ignore[union-attr]
+        lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) < 60,  # type: ignore[union-attr]
         "the end of the server's connections",
     )
 
