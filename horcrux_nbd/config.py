@@ -2,6 +2,7 @@
 
     [remotes.team]
     url = "scp://images@nas:/srv/horcrux"
+    mirrors = ["s3://bucket/horcrux"]
 
     [cache]
     size = "20G"
@@ -21,8 +22,8 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "cache": ("size",),
     "attach": ("via",),
 }
-REMOTE = ("url",)
+REMOTE = ("url", "mirrors")
 WAYS = ("nbd", "ublk", "fuse")  # attach.choose.DRIVERS; a test compares them
 MIN_CACHE = 64 * MiB  # the largest chunk: with less, nothing of such an image could be kept
 _HEADER = re.compile(r"\s*\[")
@@ -50,8 +51,19 @@ class Config:
     file: Path
     exists: bool = False
     remotes: Mapping[str, str] = field(default_factory=dict)  # name → URL
+    mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → URLs of copies
     cache_size: int | None = None  # bytes
     attach_via: str | None = None
+
+    def mirrors_of(self, url: str) -> tuple[str, ...]:
+        """Other places that hold the repository at `url`, as the remotes with that URL say."""
+        found = [
+            mirror
+            for name, known in self.remotes.items()
+            if known == url
+            for mirror in self.mirrors.get(name, ())
+        ]
+        return tuple(dict.fromkeys(found))
 
     def url(self, repository: str) -> str:
         """The URL of `repository`: a remote's name, a URL, or a path. Raises UsageError."""
@@ -95,6 +107,7 @@ def parse(text: str, file: Path) -> Config:
         file=file,
         exists=True,
         remotes=_remotes(tables["remotes"], file),
+        mirrors=_mirrors(tables["remotes"], file),
         cache_size=_cache_size(tables["cache"], file),
         attach_via=_via(tables["attach"], file),
     )
@@ -130,6 +143,23 @@ def _remotes(table: Mapping[str, Any], file: Path) -> dict[str, str]:
     return found
 
 
+def _mirrors(table: Mapping[str, Any], file: Path) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for name, remote in table.items():
+        urls = remote.get("mirrors", [])
+        if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+            raise UsageError(
+                f'{file}: remotes.{name}.mirrors is no list of URLs: mirrors = ["cp:///path"]'
+            )
+        try:
+            kept = tuple(str(parse_store_url(url)) for url in urls)
+        except UsageError as error:
+            raise UsageError(f"{file}: remotes.{name}: {error}") from None
+        if kept:
+            found[name] = kept
+    return found
+
+
 def _cache_size(table: Mapping[str, Any], file: Path) -> int | None:
     size = table.get("size")
     if size is None:
@@ -152,26 +182,36 @@ def _via(table: Mapping[str, Any], file: Path) -> str | None:
 # ---- changes ------------------------------------------------------------------------------------
 
 
-def add_remote(name: str, url: str, file: Path | None = None) -> str:
-    """Let `name` stand for the repository at `url`; the URL as it is kept.
+def add_remote(
+    name: str, url: str, file: Path | None = None, *, mirrors: Sequence[str] = ()
+) -> str:
+    """Let `name` stand for the repository at `url`, of which there are `mirrors`; the URL as it is
+    kept.
 
     The rest of the file stays as it is, comments included. Raises UsageError where the name is
     taken by another URL.
     """
     check_name("remote", name)
     kept = str(parse_store_url(url))
+    others = tuple(str(parse_store_url(mirror)) for mirror in mirrors)
+    if len({kept, *others}) != 1 + len(others):
+        raise UsageError(f"remote {name}: a URL is there twice: give each place once")
     with _editing(file or paths.config_file()) as (old, text, write):
         if name in old.remotes:
-            if old.remotes[name] == kept:
+            there = old.remotes[name], *old.mirrors.get(name, ())
+            if there == (kept, *others):
                 return kept
             raise UsageError(
-                f"remote {name} is {old.remotes[name]} already: `horcrux-cli remote rm {name}` "
+                f"remote {name} is {' '.join(there)} already: `horcrux-cli remote rm {name}` "
                 "first, or choose another name"
             )
         gap = "" if not text else "\n" if text.endswith("\n") else "\n\n"
         # JSON's strings are TOML's basic strings, for what URLs consist of.
         table = f"[remotes.{_key(name)}]\nurl = {json.dumps(kept, ensure_ascii=False)}\n"
-        write(text + gap + table, {**old.remotes, name: kept})
+        if others:
+            table += f"mirrors = {json.dumps(others, ensure_ascii=False)}\n"
+        now = {**old.mirrors, name: others} if others else old.mirrors
+        write(text + gap + table, {**old.remotes, name: kept}, now)
     return kept
 
 
@@ -182,7 +222,8 @@ def remove_remote(name: str, file: Path | None = None) -> None:
             known = ", ".join(sorted(old.remotes)) or "none"
             raise NotFound(f"there is no remote {name!r} in {old.file}: there is {known}")
         remotes = {other: url for other, url in old.remotes.items() if other != name}
-        write(_without_table(text, name), remotes)
+        mirrors = {other: urls for other, urls in old.mirrors.items() if other != name}
+        write(_without_table(text, name), remotes, mirrors)
 
 
 class _Write:
@@ -191,14 +232,16 @@ class _Write:
     def __init__(self, old: Config) -> None:
         self._old = old
 
-    def __call__(self, text: str, remotes: Mapping[str, str]) -> None:
+    def __call__(
+        self, text: str, remotes: Mapping[str, str], mirrors: Mapping[str, tuple[str, ...]]
+    ) -> None:
         file = self._old.file
         by_hand = f"{file} is written in a way that cannot be changed from here: edit it by hand"
         try:
             new = parse(text, file)
         except UsageError:
             raise UsageError(by_hand) from None
-        meant = Config(file, True, remotes, self._old.cache_size, self._old.attach_via)
+        meant = replace(self._old, exists=True, remotes=remotes, mirrors=mirrors)
         if new != meant:
             raise UsageError(by_hand)
         # Through a link, so that a file kept elsewhere (a repository of settings) stays there.

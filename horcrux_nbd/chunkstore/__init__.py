@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .base import ChunkStore, Stat
+from .mirror import MirrorStore
 from .retry import RetryStore
 from .url import StoreURL, parse_store_url
 
-__all__ = ["ChunkStore", "Stat", "StoreURL", "open_store", "parse_store_url"]
+__all__ = ["ChunkStore", "Stat", "StoreURL", "open_mirrored", "open_store", "parse_store_url"]
 
 OPEN_LIMIT = 2.0  # seconds; whoever types a wrong host wants to hear so, a hiccup may pass
 LONGEST_TIMEOUT = 15.0  # seconds without an answer; a quarter of the default limit
@@ -39,6 +42,32 @@ def open_store(
         store.close()
         raise
     return RetryStore(store, limit)
+
+
+def open_mirrored(
+    url: str, mirrors: Sequence[str], *, limit: float = 60.0, check: bool = True
+) -> ChunkStore:
+    """As `open_store`: the store at `url`, whose reads fall over to `mirrors`. For reading: whoever
+    wants to know what `url` itself holds opens that alone.
+
+    An answer of any of them will do, so a store that is away costs its time-out once in a while,
+    and only where all are away is it waited for.
+    """
+    if not mirrors:
+        return open_store(url, limit=limit, check=check)
+    timeout = max(1.0, min(LONGEST_TIMEOUT, limit / (2 * (1 + len(mirrors)))))
+    stores: list[ChunkStore] = []
+    try:
+        for one in (url, *mirrors):
+            stores.append(_make(parse_store_url(one), timeout, None))
+        both = MirrorStore(stores)
+        if check:
+            RetryStore(both, both.timeout + min(OPEN_LIMIT, limit)).check()
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    return RetryStore(both, limit)
 
 
 def _make(url: StoreURL, timeout: float, concurrency: int | None) -> ChunkStore:

@@ -32,6 +32,10 @@ class MirrorStore(WrapperStore):
         self._away: dict[int, float] = {}  # index: when it may be asked in turn again
         self._lock = threading.Lock()
 
+    @property
+    def timeout(self) -> float:  # type: ignore[override]
+        return sum(store.timeout for store in self.stores)
+
     def _order(self) -> list[ChunkStore]:
         now = time.monotonic()
         with self._lock:

@@ -24,6 +24,7 @@ from . import (
     generate,
     repositories,
     settings,
+    upkeep,
     versions,
     versions_diff,
     versions_log,
@@ -40,7 +41,14 @@ OUTPUT_CLOSED = 141  # 128 + SIGPIPE
 HICCUP = 5.0  # seconds
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "The way in": (generate.generate, repositories.verify),
+    "The way in": (
+        generate.generate,
+        upkeep.clone,
+        upkeep.sync,
+        repositories.verify,
+        upkeep.repair,
+        upkeep.gc,
+    ),
     "What is there": (
         files.ls,
         files.cat,

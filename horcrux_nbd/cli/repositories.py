@@ -19,6 +19,7 @@ from .words import REPO, REPO_OR_VOLUME, volume_state, where
 if TYPE_CHECKING:
     from ..repository.commits import Commit
     from ..repository.repository import Repository
+    from ..repository.verify import Report
 
 LOOKING = 8  # refs read at once: a store 20 ms away answers for 100 images in half a second
 
@@ -218,13 +219,7 @@ def verify(repo: str, version: str | None, data: bool, quiet: bool, as_json: boo
     if as_json:
         output.emit_json({"url": url, "data": data, "ok": report.ok, **asdict(report)})
     else:
-        for problem in report.problems:
-            click.echo(f"{problem.key}: {output.printable(problem.what)}")
-            if problem.affects:
-                more = f" and {problem.more} more" if problem.more else ""
-                click.echo(f"  needed by {', '.join(problem.affects)}{more}")
-        if report.more_problems:
-            click.echo(f"… and {output.plural(report.more_problems, 'more problem')}")
+        show_problems(report)
         click.echo(
             f"{output.plural(report.versions, 'version')} of "
             f"{output.plural(report.images, 'image')}: {output.plural(report.chunks, 'chunk')}, "
@@ -247,8 +242,19 @@ def verify(repo: str, version: str | None, data: bool, quiet: bool, as_json: boo
     if not report.ok:
         count = len(report.problems) + report.more_problems
         raise Damaged(
-            f"{url} has {output.plural(count, 'problem')}: restore the objects named above from a "
-            "copy of the repository, or make the versions again"
+            f"{url} has {output.plural(count, 'problem')}: `horcrux-cli repair` mends them from a "
+            "copy of the repository; or make the versions again"
         )
     if not as_json:
         click.echo("no problem found")
+
+
+def show_problems(report: Report) -> None:
+    """What is missing or damaged, and the versions that need it."""
+    for problem in report.problems:
+        click.echo(f"{problem.key}: {output.printable(problem.what)}")
+        if problem.affects:
+            more = f" and {problem.more} more" if problem.more else ""
+            click.echo(f"  needed by {', '.join(problem.affects)}{more}")
+    if report.more_problems:
+        click.echo(f"… and {output.plural(report.more_problems, 'more problem')}")

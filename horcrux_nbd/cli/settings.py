@@ -21,6 +21,7 @@ def config(as_json: bool) -> None:
     \b
     [remotes.team]
     url = "scp://images@nas:/srv/horcrux"
+    mirrors = ["s3://bucket/horcrux"]
     [cache]
     size = "20G"        # default: a fifth of the disk, at most 50G
     [attach]
@@ -35,6 +36,7 @@ def config(as_json: bool) -> None:
         "cache": {"folder": str(paths.cache()), "size": settings.cache_size},
         "attach": {"via": settings.attach_via},
         "remotes": dict(settings.remotes),
+        "mirrors": {name: list(urls) for name, urls in settings.mirrors.items()},
     }
     if as_json:
         output.emit_json(value)
@@ -47,7 +49,10 @@ def config(as_json: bool) -> None:
             ("sockets", str(paths.run())),
             ("cache.size", f"{size} ({paths.cache()})"),
             ("attach.via", settings.attach_via or "default (the best there is)"),
-            *((f"remotes.{name}", url) for name, url in sorted(settings.remotes.items())),
+            *(
+                (f"remotes.{name}", " ".join((url, *settings.mirrors.get(name, ()))))
+                for name, url in sorted(settings.remotes.items())
+            ),
         ]
     )
 
@@ -65,13 +70,19 @@ def remote() -> None:
 @remote.command()
 @click.argument("name")
 @click.argument("url")
-def add(name: str, url: str) -> None:
+@click.argument("mirrors", nargs=-1)
+def add(name: str, url: str, mirrors: tuple[str, ...]) -> None:
     """Let NAME stand for the repository at URL. Nothing is asked of it now.
 
+    MIRRORS are copies of it (`clone`, `sync`). Volumes that are made from then on read from the
+    next one where one is away or has an object damaged. Pushes go to URL only.
+
     \b
-    horcrux-cli remote add team 's3://bucket/prefix?region=eu-west-1'
+    horcrux-cli remote add team 's3://bucket/prefix?region=eu-west-1' cp:///mnt/copy
     """
-    click.echo(f"{name} is {configuration.add_remote(name, url)}")
+    kept = configuration.add_remote(name, url, mirrors=mirrors)
+    also = f", with mirrors {', '.join(configuration.load().mirrors_of(kept))}" if mirrors else ""
+    click.echo(f"{name} is {kept}{also}")
 
 
 @remote.command("ls")

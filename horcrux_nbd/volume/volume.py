@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .. import files, paths
-from ..chunkstore import open_store
+from ..chunkstore import open_mirrored, open_store
 from ..errors import UsageError
 from ..repository.commits import Commit
 from ..repository.repository import Repository, Resolved
@@ -94,7 +94,12 @@ class Volume:
             local = LocalObjects(folder, cache_, state.chunk_size)
             resources.append(Closable(local.close))
             repository = _open_repository(
-                state.repository, state.repository_id, commit, store_limit, resources
+                state.repository,
+                state.repository_id,
+                commit,
+                store_limit,
+                resources,
+                state.mirrors,
             )
             base = Base(repository, commit, cache_, local)
             volume = cls(name, base, Overlay(layers, base), resources, folder)
@@ -246,10 +251,15 @@ def _close(resources: list[Closable]) -> None:
 
 
 def _open_repository(
-    url: str, repository_id: str, commit: Commit, limit: float, resources: list[Closable]
+    url: str,
+    repository_id: str,
+    commit: Commit,
+    limit: float,
+    resources: list[Closable],
+    mirrors: Sequence[str] = (),
 ) -> Repository:
     # Nothing is asked of the store here: a volume whose data is all local opens without it.
-    store = open_store(url, limit=limit, check=False)
+    store = open_mirrored(url, mirrors, limit=limit, check=False)
     resources.append(Closable(store.close))
     return Repository(store, repository_id, commit.chunk_size)
 
