@@ -20,7 +20,7 @@ import pytest
 from horcrux_nbd.volume import state as states
 
 from .servers import nbdkit as servers
-from .servers.nbdkit import PLUGIN, Nbdkit, connected
+from .servers.nbdkit import PLUGIN, Nbdkit, connected, traced
 from .volume.support import (
     BLOCK,
     CHUNK,
@@ -268,6 +268,30 @@ def test_an_orderly_end_keeps_everything(tmp_path: Path, url: str) -> None:
         server.start()
         with connected(server) as handle:
             assert handle.pread(5000, 100) == noise(5000)
+
+
+def test_fua_and_an_orderly_end_reach_the_disk(tmp_path: Path, url: str) -> None:
+    """What was only acknowledged survives the death of the process, so the disk is asked here."""
+    fua = nbd().CMD_FLAG_FUA
+    with serve(tmp_path, url) as server:
+        handle = server.connect()
+        with traced(server) as synced:
+            handle.pwrite(noise(BLOCK), 0)
+        assert not {"data-000000", "map"} & set(synced)
+        for request in (
+            lambda: handle.pwrite(noise(BLOCK), BLOCK, fua),
+            lambda: handle.pwrite(noise(BLOCK), 0, fua),
+            lambda: handle.trim(BLOCK, 0, fua),
+            lambda: handle.zero(BLOCK, BLOCK, fua),
+        ):
+            with traced(server) as synced:
+                request()
+            assert synced, "FUA without a sync"
+        handle.pwrite(noise(BLOCK), 2 * BLOCK)
+        with traced(server) as synced:
+            handle.shutdown()
+            assert server.stop() == 0
+        assert synced == ["data-000000", "map"]
 
 
 class Oracle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
+
+import pytest
 
 from horcrux_nbd import serving
 from horcrux_nbd.attach.sockets import listener
@@ -162,6 +165,33 @@ class Nbdkit:
         if value is not None:
             value.add_note(self.said()[-2000:])
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Syncs(list[str]):
+    """The names of the files that were synced, in this order, once the block has ended."""
+
+
+@contextlib.contextmanager
+def traced(server: Nbdkit) -> Iterator[Syncs]:
+    """What the server syncs during a block. Process death cannot show it: the kernel lives on."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace: apt-get install strace")
+    trace = server.log.with_name("trace")
+    trace.unlink(missing_ok=True)
+    command = ["strace", "-f", "-y", "-e", "trace=fdatasync,fsync", "-o", trace, "-p"]
+    process = subprocess.Popen([*command, str(server.pid)], stderr=subprocess.PIPE)
+    syncs = Syncs()
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline().decode()
+        if "attached" not in said:
+            pytest.skip(f"strace may not attach here: {said.strip()}")
+        yield syncs
+    finally:
+        process.terminate()
+        process.wait(10)
+        found = trace.read_text() if trace.exists() else ""
+        syncs.extend(re.findall(r"f(?:data)?sync\(\d+<[^>]*/([^/>]+)>\) += 0", found))
 
 
 @contextlib.contextmanager

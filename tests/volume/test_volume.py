@@ -257,13 +257,13 @@ def url(tmp_path: Path) -> str:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     """The stores of volumes that are opened from here on."""
     stores: list[Watched] = []
-    open_store = volumes.open_store
+    open_mirrored = volumes.open_mirrored
 
     def watch(*args: Any, **options: Any) -> Watched:
-        stores.append(Watched(open_store(*args, **options)))
+        stores.append(Watched(open_mirrored(*args, **options)))
         return stores[-1]
 
-    monkeypatch.setattr(volumes, "open_store", watch)
+    monkeypatch.setattr(volumes, "open_mirrored", watch)
     return stores
 
 
@@ -395,6 +395,30 @@ def test_frozen_layers_lie_under_what_is_written_later(volume: Volume, tmp_path:
     abandon(volume)
     again = Volume.open(tmp_path / "v", cache=tmp_path / "cache")
     assert read(again, 0, SIZE) == expected
+    again.close()
+
+
+def test_what_is_frozen_is_durable(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written between the flush before the pause and the pause is frozen too."""
+    disk = Disk(tmp_path, monkeypatch)
+    volume = Volume.open(make_volume(tmp_path / "v", url), cache=tmp_path / "cache")
+    assert volume.overlay is not None
+    flush, flushes = volume.overlay.flush, []
+
+    def write_behind_it() -> None:
+        flush()
+        flushes.append(1)
+        if len(flushes) == 1:
+            write(volume, 100, b"just in time")
+
+    monkeypatch.setattr(volume.overlay, "flush", write_behind_it)
+    volume.freeze(PENDING)
+    abandon(volume)
+    disk.cut(random.Random(1))
+    again = Volume.open(tmp_path / "v", cache=tmp_path / "cache")
+    assert read(again, 100, 12) == b"just in time"
     again.close()
 
 
