@@ -56,7 +56,7 @@ def test_room(tmp_path: Path) -> None:
     assert sized["size"] == 3 << 30
     freed = run("generate", "-q", "--json", "--free", "5G", "B", source, tmp_path / "out").json
     assert 5 << 30 < freed["size"] < 6 << 30
-    assert freed["stored_bytes"] < 1 << 20  # room is a hole
+    assert freed["stored_bytes"] < 4 << 20  # room is a hole
 
 
 def test_a_raw_image(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_no_space_in_the_repository(tmp_path: Path, small_disk: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """The rest becomes a version; the file is named, and the exit code says that one is missing."""
+    """Named, and nothing is made: a version without it would look whole."""
     source = make_directory(tmp_path / "in")
     (source / "secret").write_text("x")
     (source / "secret").chmod(0)
@@ -177,10 +177,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         timeout=LIMIT,
         check=False,
     )
-    assert done.returncode == 10, done.stderr
-    assert "secret" in done.stderr
-    assert "A@main was made" in done.stderr.splitlines()[-1]
-    assert run("verify", "-q", "--data", tmp_path / "out").code == 0
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{source}/secret" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_repository_place_is_taken(tmp_path: Path) -> None:

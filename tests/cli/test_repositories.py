@@ -198,16 +198,13 @@ def test_a_copy_works_elsewhere(repository: Path, tmp_path: Path) -> None:
     run("create", "amcc", tmp_path / "elsewhere", "AMCC")
 
 
-@pytest.mark.parametrize("scheme", ["scp", "minio"])
-def test_a_store_that_hangs(scheme: str) -> None:
+def test_a_store_that_hangs() -> None:
     """It takes connections and never answers: told within the limit, not waited for for ever."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        place = f"127.0.0.1:{server.getsockname()[1]}"
-        url = f"scp://x@{place}/x" if scheme == "scp" else f"minio://{place}/bucket?tls=off"
-        env = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
         began = time.monotonic()
-        result = run("ls", url, env=env, ok=False)
+        port = server.getsockname()[1]
+        result = run("ls", f"scp://x@127.0.0.1:{port}/x", ok=False)
         assert result.code == 6
         assert "Traceback" not in result.err
-        assert "127.0.0.1" in result.err.splitlines()[-1]
+        assert f"127.0.0.1 port {port}" in result.err.splitlines()[-1]
         assert time.monotonic() - began < 45
