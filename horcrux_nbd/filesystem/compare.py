@@ -242,9 +242,9 @@ class _Comparison:
         fresh = [n for n in come if not self._survives(n.inode)]
         if not lost and not fresh:
             lost, fresh = gone, come
-        opened = {*lost, *fresh}
-        self._removed = [n for n in self._removed if n not in opened]
-        self._added = [n for n in self._added if n not in opened]
+        gone_for_good, come_anew = set(lost), set(fresh)
+        self._removed = [n for n in self._removed if n not in gone_for_good]
+        self._added = [n for n in self._added if n not in come_anew]
         for name in lost:
             inode = self._old.inode(name.inode)
             self._found.append(Change(name.path, DELETED, "directory", inode.size))
@@ -254,7 +254,7 @@ class _Comparison:
             self._enter(inode)
             self._found.append(Change(name.path, ADDED, "directory", new_size=inode.size))
             self._added += self._children("new", name, inode)
-        return bool(opened)
+        return bool(lost or fresh)
 
     def _children(self, side: str, name: _Name, inode: Inode) -> list[_Name]:
         names = self._names(side, inode, name.path)

@@ -11,7 +11,7 @@ from .changes import Changed
 from .inode import Inode
 from .reader import PIECE, Piece, Reader
 
-GRAIN = 4096  # bytes; what of a block differs is not told
+GRAIN = 4096  # bytes: what `changed` tells apart, as overlays and patches do
 # Data that one comparison reads, from each side, where a file moved on the disk and only its bytes
 # tell whether it changed. Beyond that what moved counts as changed.
 READ_LIMIT = 16 * MiB
@@ -30,6 +30,9 @@ class Contents:
         self._changed = changed
         self._left = READ_LIMIT
         self._same_system = old.superblock.identity == new.superblock.identity
+        # Several files may share what `changed` tells as one block.
+        self._grain = min(GRAIN, new.image.block_size)
+        self._fine = self._grain < GRAIN
         replayed = sorted({*old.image.overlay, *new.image.overlay})
         size = new.image.block_size
         same_size = old.image.block_size == size
@@ -82,14 +85,18 @@ class Contents:
         for start, stop in sorted(self.differing(place, high - low)):
             first = max(done, (low + start - place) // GRAIN * GRAIN)
             last = min(round_up(low + stop - place, GRAIN), high)
+            if last <= first:
+                continue
+            done = last
+            if self._fine and last - first <= self._left:
+                self._left -= last - first
+                total += self._count(place + first - low, place + first - low, last - first)
+                continue
             if cut and last == high and high % GRAIN:
                 edge = max(first, high // GRAIN * GRAIN)
-                at, length = place + edge - low, high - edge
-                if self._old.image.bytes_at(at, length) == self._new.image.bytes_at(at, length):
+                if not self._count(place + edge - low, place + edge - low, high - edge):
                     last = edge
-            if last > first:
-                total += last - first
-                done = last
+            total += last - first
         return total
 
     def _compare_inline(self, old: Inode, new: Inode) -> tuple[bool, int]:
@@ -106,15 +113,23 @@ class Contents:
             if step > self._left:
                 return changed + (length - at if after is not None else GRAIN)
             self._left -= step
-            a = bytes(step) if before is None else self._old.image.bytes_at(before + at, step)
-            b = bytes(step) if after is None else self._new.image.bytes_at(after + at, step)
-            if a != b:
-                changed += sum(
-                    min(GRAIN, step - low)
-                    for low in range(0, step, GRAIN)
-                    if a[low : low + GRAIN] != b[low : low + GRAIN]
-                )
+            changed += self._count(
+                None if before is None else before + at, None if after is None else after + at, step
+            )
         return changed
+
+    def _count(self, before: int | None, after: int | None, length: int) -> int:
+        """Bytes in blocks that differ, by reading both; None reads as zeros."""
+        a = bytes(length) if before is None else self._old.image.bytes_at(before, length)
+        b = bytes(length) if after is None else self._new.image.bytes_at(after, length)
+        if a == b:
+            return 0
+        step = self._grain
+        return sum(
+            min(step, length - low)
+            for low in range(0, length, step)
+            if a[low : low + step] != b[low : low + step]
+        )
 
 
 def data_bytes(reader: Reader, inode: Inode) -> int:

@@ -45,8 +45,6 @@ class Directories:
             number, length, name_length, kind = unpack(block, at)
             if length == 65535 or (length == 0 and end == 65536):
                 length = 65536  # the one length that 16 bits cannot hold
-            if not typed:
-                name_length, kind = name_length | kind << 8, 0
             if length < 8 + name_length or length & 3 or at + length > end or length < 8:
                 raise self._image.damaged(f"an entry of {what}")
             if number:
@@ -56,7 +54,7 @@ class Directories:
                         raise self._image.damaged(f"a name that cannot be in {what}")
                     if number > inodes:
                         raise self._image.damaged(f"{what} names inode {number}, of {inodes}")
-                    yield Entry(name, number, kind if kind < 8 else 0)
+                    yield Entry(name, number, kind if typed and kind < 8 else 0)
             at += length
         if at != end:
             raise self._image.damaged(f"an entry of {what}")

@@ -26,7 +26,7 @@ _REVOKES, _WIDE, _ASYNC, _CSUM_2, _CSUM_3, _FAST_COMMIT = 0x1, 0x2, 0x4, 0x8, 0x
 _KNOWN = _REVOKES | _WIDE | _ASYNC | _CSUM_2 | _CSUM_3 | _FAST_COMMIT
 _ESCAPED, _SAME_UUID, _LAST = 0x1, 0x2, 0x8  # flags of a tag
 _DEFAULT_FAST_COMMIT = 256  # blocks, where the journal does not say
-_FAST_HEAD = 10  # EXT4_FC_TAG_HEAD: what a fast commit area begins with
+_FAST_HEAD = 9  # EXT4_FC_TAG_HEAD: what a fast commit area begins with
 
 
 class Journal:
@@ -96,14 +96,15 @@ class Journal:
             return {}
         found: dict[int, tuple[int, Callable[[], bytes]]] = {}
         revoked: dict[int, int] = {}
-        sequence = self._sequence
+        following = self._sequence
         for sequence, tags, revokes in self._transactions():
+            following = (sequence + 1) & 0xFFFFFFFF
             for block, read in tags:
                 found[block] = (sequence, read)
             for block in revokes:
                 revoked[block] = sequence
         if self._features & _FAST_COMMIT:
-            self._check_fast_commits(sequence + 1)
+            self._check_fast_commits(following)
         # A revoke says: what is older, or in the same transaction, is not to be brought back.
         return {
             block: read
@@ -207,7 +208,7 @@ class Journal:
 
     def _check_fast_commits(self, sequence: int) -> None:
         """Changes since the last transaction in a form that is not read here are refused."""
-        data = self._block(self._last)
+        data = self._block(self._last + 1)
         tag, length, features, transaction = struct.unpack_from("<HHII", data)
         if tag == _FAST_HEAD and length == 8 and transaction == sequence:
             raise EnvironmentProblem(

@@ -72,6 +72,7 @@ def restore(
         raise UsageError("a path that ends in .. says no name to restore it under")
     else:
         found = [(parts[-1], inode)]
+    _check_once(reader, inode, [name for name, _ in found])
     with files.opened(target, os.O_RDONLY | os.O_DIRECTORY) as folder:
         if not force:
             for name, _ in found:
@@ -93,6 +94,11 @@ def restore(
                     raise NoSpace(f"no space left in {target}: nothing was restored") from error
                 raise
     return work.done
+
+
+def _check_once(reader: Reader, directory: Inode, names: list[bytes]) -> None:
+    if len(set(names)) < len(names):
+        raise reader.image.damaged(f"directory {directory.number} has a name twice")
 
 
 def _there(folder: int, name: bytes) -> bool:
@@ -175,11 +181,30 @@ class _Restore:
             if inode.is_dir:
                 fd = os.open(b"new/" + name, _FOLDER, dir_fd=self._staging)
                 stack.callback(os.close, fd)
-            if _there(folder, name):
-                os.rename(name, b"old/" + name, src_dir_fd=folder, dst_dir_fd=self._staging)
-            os.rename(b"new/" + name, name, src_dir_fd=self._staging, dst_dir_fd=folder)
+            old = b"old/" + name
+            there = _there(folder, name)
+            if there:
+                self._set_aside(folder, name, old)
+            try:
+                os.rename(b"new/" + name, name, src_dir_fd=self._staging, dst_dir_fd=folder)
+            except OSError:
+                if there:
+                    os.rename(old, name, src_dir_fd=self._staging, dst_dir_fd=folder)
+                raise
             if inode.is_dir:
                 self._describe(fd, inode, name)
+
+    def _set_aside(self, folder: int, name: bytes, place: bytes) -> None:
+        try:
+            os.rename(name, place, src_dir_fd=folder, dst_dir_fd=self._staging)
+        except PermissionError:
+            # A folder without write permission, which its owner can give, and it goes anyway.
+            fd = os.open(name, _FOLDER, dir_fd=folder)
+            try:
+                os.chmod(fd, 0o700)
+            finally:
+                os.close(fd)
+            os.rename(name, place, src_dir_fd=folder, dst_dir_fd=self._staging)
 
     def _enter(self, here: int, name: bytes, inode: Inode) -> int:
         if inode.number in self._met:
@@ -192,8 +217,7 @@ class _Restore:
     def _entries(self, inode: Inode) -> list[tuple[bytes, int]]:
         entries = self._reader.listdir(inode, self._blocks)
         found = [(entry.name, entry.inode) for entry in entries]
-        if len({name for name, _ in found}) < len(found):
-            raise self._reader.image.damaged(f"directory {inode.number} has a name twice")
+        _check_once(self._reader, inode, [name for name, _ in found])
         return found[::-1]
 
     # ---- all but directories
