@@ -17,6 +17,7 @@ def test_config(horcrux_host: Path) -> None:
         "cache": {"folder": str(horcrux_host / "root" / "cache"), "size": None},
         "attach": {"via": None},
         "remotes": {},
+        "mirrors": {},
     }
     assert "not there: defaults" in run("config").out
     run("remote", "add", "team", "scp://me@nas:/srv")
