@@ -208,3 +208,18 @@ def test_a_store_that_hangs() -> None:
         assert "Traceback" not in result.err
         assert f"127.0.0.1 port {port}" in result.err.splitlines()[-1]
         assert time.monotonic() - began < 45
+
+
+def test_ls_beside_damage(repository: Path, tmp_path: Path) -> None:
+    """A commit that is gone is told in its row; the others are listed, and the exit code is 4."""
+    run("generate", "-q", "-s", "64K", "OTHER", make_directory(tmp_path / "in"), repository)
+    head = run("ls", "--json", repository).json[0]["versions"][0]["id"]
+    (repository / "objects" / head[:2] / head).unlink()
+    result = run("ls", "--json", repository, ok=False)
+    assert result.code == 4
+    first, second = result.json[0]["versions"]
+    assert head in first["problem"]
+    assert (second["image"], second["problem"]) == ("OTHER", None)
+    text = run("ls", repository, ok=False)
+    assert text.code == 4
+    assert "OTHER@main" in text.out
