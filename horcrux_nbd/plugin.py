@@ -151,12 +151,12 @@ def _reported(call):
 
 @_reported
 def pread(h, buf, offset, flags):
-    h.read_into(offset, memoryview(buf))
+    h.read_into(offset, buf)
 
 
 @_reported
 def pwrite(h, buf, offset, flags):
-    h.write(offset, memoryview(buf))
+    h.write(offset, buf)
     if flags & nbdkit.FLAG_FUA:
         h.flush()
 

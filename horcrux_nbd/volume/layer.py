@@ -174,16 +174,23 @@ class Layer:
         if self._failed:
             raise SyncFailed(self.folder, self._failed)
         view = memoryview(data)
+        segment, at = divmod(offset, SEGMENT)
         try:
+            if at + len(view) <= SEGMENT:
+                self._write_piece(segment, at, view)
+                return
             for segment, at, start, stop in self._pieces(offset, len(view)):
-                files.write_all(self._file(segment).fd, view[start:stop], at)
-                if segment not in self._dirty_segments:
-                    with self._lock:
-                        self._dirty_segments.add(segment)
+                self._write_piece(segment, at, view[start:stop])
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"no space left in {self.folder} for what is written") from error
             raise
+
+    def _write_piece(self, segment: int, at: int, view: memoryview) -> None:
+        files.write_all((self._files.get(segment) or self._file(segment)).fd, view, at)
+        if segment not in self._dirty_segments:
+            with self._lock:
+                self._dirty_segments.add(segment)
 
     def mark(self, first: int, count: int, state: int) -> None:
         """Give blocks a state. Their data must have been written before, for DATA."""

@@ -159,7 +159,7 @@ class Overlay:
         while True:
             stack = self._stack
             # Before the gate: this may wait for the network, and a commit must not wait for that.
-            edges = self._edges(stack, offset, end)
+            edges = self._edges(stack, offset, end) if (offset | end) & (BLOCK_SIZE - 1) else {}
             with self._gate:
                 if self._stack is not stack:
                     continue
