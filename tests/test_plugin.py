@@ -20,7 +20,10 @@ import pytest
 from horcrux_nbd.volume import state as states
 
 from .servers import nbdkit as servers
+from .servers.fixtures import ssh, sshd_server  # noqa: F401 - fixtures
 from .servers.nbdkit import PLUGIN, Nbdkit, connected, traced
+from .servers.proxy import proxy
+from .servers.sshd import Sshd
 from .volume.support import (
     BLOCK,
     CHUNK,
@@ -714,9 +717,6 @@ def test_a_damaged_object_is_one_line_and_the_rest_is_readable(tmp_path: Path, u
 
 
 def test_a_store_that_is_away_is_waited_for_and_comes_back(tmp_path: Path, url: str) -> None:
-    """Slow or dead hosts are played by the stores' own tests; here the folder is unreadable."""
-    if not (tmp_path / "repo").is_dir():
-        pytest.fail("no repository")
     with serve(tmp_path, url, timeout=2, log="error") as server, connected(server) as handle:
         handle.pread(CHUNK, 0)
         os.rename(tmp_path / "repo", tmp_path / "away")
@@ -729,6 +729,50 @@ def test_a_store_that_is_away_is_waited_for_and_comes_back(tmp_path: Path, url: 
         handle.flush()
         os.rename(tmp_path / "away", tmp_path / "repo")
         assert handle.pread(CHUNK, 5 * CHUNK) == original(5 * CHUNK, CHUNK)
+
+
+def test_a_store_that_hangs(tmp_path: Path, url: str, ssh: Sshd) -> None:  # noqa: F811
+    """A dead network: connections stay open and carry nothing."""
+    with proxy(ssh.port) as network:
+        ssh.trust(network.port)
+        remote = ssh.url(tmp_path / "repo", network.port)
+        with serve(tmp_path, remote, timeout=4, log="error") as server:
+            handle, other = server.connect(), server.connect()
+            assert handle.pread(CHUNK, 0) == original(0, CHUNK)
+            network.stall()
+            failing = threading.Thread(
+                target=lambda: found.append(errno_of(handle.pread, CHUNK, 9 * CHUNK))
+            )
+            found: list[int] = []
+            began = time.monotonic()
+            failing.start()
+            other.pwrite(noise(CHUNK), 2 * CHUNK)
+            other.flush()
+            assert other.pread(CHUNK, 0) == original(0, CHUNK)
+            assert other.pread(CHUNK, 2 * CHUNK) == noise(CHUNK)
+            assert other.pread(BLOCK, HOLE) == bytes(BLOCK)
+            assert failing.is_alive(), "what is here is served while others wait"
+            failing.join(20)
+            assert found == [errno.EIO]
+            assert time.monotonic() - began < 15
+            network.resume()
+            deadline = time.monotonic() + 20
+            while True:  # it may take one more limit until the dead connection is given up
+                try:
+                    assert handle.pread(CHUNK, 9 * CHUNK) == original(9 * CHUNK, CHUNK)
+                    break
+                except nbd().Error:
+                    assert time.monotonic() < deadline
+            network.stall()
+            handle.cache(10 * CHUNK, 10 * CHUNK)
+            other.pwrite(noise(CHUNK, 1), 2 * CHUNK)
+            for each in (handle, other):
+                each.shutdown()
+            assert server.stop(20) == 0, "it ends, and flushes before"
+            network.resume()
+            server.start()
+            with connected(server) as again:
+                assert again.pread(CHUNK, 2 * CHUNK) == noise(CHUNK, 1)
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path, url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -321,6 +322,26 @@ def test_three_volumes_share_a_cache_of_three_chunks(tmp_path: Path, url: str) -
     assert problems == []
     for volume in opened:
         volume.close()
+
+
+def test_a_cache_on_a_full_disk_only_costs_time(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root: run the tests as root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "horcrux-test", disk], check=True)
+    try:
+        volume = Volume.open(make_volume(tmp_path / "v", url), cache=disk / "c", cache_size=1 << 40)
+        for _ in range(2):
+            for chunk in range(12):
+                assert read(volume, chunk * CHUNK, CHUNK) == noise(SIZE)[chunk * CHUNK :][:CHUNK]
+        volume.close()
+        del volume
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert "not cached now" in caplog.text
 
 
 def test_writers_of_one_block_over_a_slow_store(volume: Volume, watched: list[Watched]) -> None:
