@@ -1,18 +1,16 @@
-"""A version or a volume as bytes that can be read."""
+"""A version, or a volume as it is now, to be looked at again and again while it is in use."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from .. import host
 from ..errors import Damaged, HorcruxError
 from ..repository.commits import Commit
-from ..repository.index import Index
 from ..repository.repository import Repository
+from ..versions.diff_blocks import Side
 from ..versions.session import Session
 from ..volume import state as states
 from ..volume.base import Base
@@ -28,11 +26,11 @@ _TRIES = 5
 SETTLED = 0.02  # seconds; a file system tells times of changes to 1/100 or 1/250 s
 
 
-class Content:
+class Content(Side):
     """What one version or volume holds. Use it in a `with` block. Not for several threads.
 
-    `layers` are what was written to a volume, newest first, as its files say: what its server was
-    not asked to flush may be missing until `refresh`.
+    `layers` are what was written to a volume, newest first, as its files said at the last
+    `refresh`: what its server was not asked to flush by then is missing.
     """
 
     def __init__(
@@ -46,30 +44,24 @@ class Content:
         volume: str | None = None,
     ) -> None:
         """`volume` is the one whose own writes belong to it; `resources` are closed with it."""
-        self.name, self.commit, self.size = name, commit, commit.size
+        super().__init__(name, commit, repository, cache, local, (), resources)
         self.repository, self.cache, self.local = repository, cache, local
         self.volume = volume
-        self.base = Base(repository, commit, cache, local)
-        self.index = Index(commit.index, commit.levels, self.base.load_node)
-        self.layers: tuple[Layer, ...] = ()
-        self._resources = resources
-        resources.callback(self.base.close)
-        self._source: Base | Overlay = self.base
+
+    def __enter__(self) -> Content:
+        return self
+
+    @property
+    def base(self) -> Base:
+        """The version below what was written."""
+        return self._base
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset` on. Raises Damaged, StoreError."""
         data = bytearray(length)
         if length:
-            self._source.read_into(offset, memoryview(data))
+            self.read_into(offset, memoryview(data))
         return bytes(data)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset` on; zeros behind the end. Raises Damaged, StoreError."""
-        self._source.read_into(offset, view)
-
-    def chunk(self, number: int) -> bytes:
-        """The content of one chunk."""
-        return self.read(number * self.commit.chunk_size, self.commit.chunk_size)
 
     # ---- what was written to a volume
 
@@ -82,7 +74,7 @@ class Content:
         folder = host.folder_of(self.volume)
         for attempt in range(1, _TRIES + 1):
             state = VolumeState.load(folder)
-            if bytes.fromhex(state.base) != self._base_id(folder, state):
+            if states.base_commit(folder, state) != self.commit:
                 raise HorcruxError(
                     f"volume {self.volume} was laid on another version just now: try again"
                 )
@@ -93,23 +85,22 @@ class Content:
                     raise
                 continue
             self._close_layers()
-            self.layers = tuple(layers)
-            self._source = Overlay(layers, self.base)
+            self.layers = layers
+            self._view = Overlay(layers, self._base)
             return
-
-    def _base_id(self, folder: Path, state: VolumeState) -> bytes:
-        commit = states.base_commit(folder, state)
-        return bytes.fromhex(state.base) if commit == self.commit else b""
 
     def pulse(self) -> object | None:
         """Changes when the volume's files are written to; None while that cannot be told."""
         found = []
-        for layer in self.layers:
-            for path in sorted(layer.folder.iterdir()):
-                stat = path.stat()
-                if abs(time.time() - stat.st_mtime) < SETTLED:
-                    return None
-                found.append((path.name, stat.st_mtime_ns, stat.st_size))
+        try:
+            for layer in self.layers:
+                for path in sorted(layer.folder.iterdir()):
+                    stat = path.stat()
+                    if abs(time.time() - stat.st_mtime) < SETTLED:
+                        return None
+                    found.append((path.name, stat.st_mtime_ns, stat.st_size))
+        except FileNotFoundError:  # it went into a commit just now
+            return None
         return found
 
     def mounts(self) -> list[Path]:
@@ -124,23 +115,8 @@ class Content:
             layer.close()
         self.layers = ()
 
-    def close(self) -> None:
-        self._close_layers()
-        self._resources.close()
 
-    def __enter__(self) -> Content:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _open_layers(folder: Path, state: VolumeState) -> Sequence[Layer]:
+def _open_layers(folder: Path, state: VolumeState) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     try:
         for name in state.layers:
@@ -150,7 +126,7 @@ def _open_layers(folder: Path, state: VolumeState) -> Sequence[Layer]:
         for layer in layers:
             layer.close()
         raise
-    return layers
+    return tuple(layers)
 
 
 def open_volume(name: str, limit: float = STORE_LIMIT) -> Content:
@@ -160,9 +136,8 @@ def open_volume(name: str, limit: float = STORE_LIMIT) -> Content:
         commit = states.base_commit(session.folder, session.state)
         remote, cache, local = session.remote, session.cache, session.local
         content = Content(name, commit, remote, cache, local, stack.pop_all(), name)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.push(content)
         content.refresh()
-    except BaseException:
-        content.close()
-        raise
+        stack.pop_all()
     return content
