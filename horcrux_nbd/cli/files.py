@@ -199,10 +199,10 @@ def _rows(reader: Reader, path: str, recursive: bool) -> list[_Row]:
 
 @contextlib.contextmanager
 def _reading(asked: Spot) -> Iterator[Reader]:
-    from ..contents import files_of, steadily
+    from ..contents import reading
 
-    with open_place(asked.target, asked.ref) as content:
-        yield steadily([content], lambda _: files_of(content))
+    with open_place(asked.target, asked.ref) as content, reading(content) as reader:
+        yield reader
 
 
 @click.command(epilog=TARGET_HELP)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .content import Content, open_volume
 from .differences import Differences
-from .steady import changed_files, files_of, steadily
+from .steady import changed_files, files_of, reading, steadily
 
 __all__ = [
     "Content",
@@ -15,5 +15,6 @@ __all__ = [
     "changed_files",
     "files_of",
     "open_volume",
+    "reading",
     "steadily",
 ]

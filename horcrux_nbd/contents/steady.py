@@ -8,8 +8,9 @@ store is on this host, so writers wait for milliseconds and never for a network.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ..attach.freeze import Freezer, write_out
@@ -41,6 +42,24 @@ def changed_files(old: Content, new: Content) -> list[Change]:
         return compare(files_of(old), files_of(new), differences)
 
     return steadily([old, new], look)
+
+
+@contextlib.contextmanager
+def reading(content: Content) -> Iterator[Reader]:
+    """The files of a content, to be read as long as that takes. Raises Busy where a volume was
+    written to meanwhile and what was read does not fit together.
+    """
+    reader = steadily([content], lambda _: files_of(content))
+    before = content.pulse()
+    try:
+        yield reader
+    except Damaged as error:
+        if content.volume is None or (before is not None and before == content.pulse()):
+            raise
+        raise Busy(
+            f"{content.name} was written to while it was read ({error}): read it where it is "
+            "mounted, or commit and read that version"
+        ) from error
 
 
 def steadily(contents: list[Content], look: Callable[[bool], Result]) -> Result:

@@ -25,6 +25,8 @@ def _in_group(old: Reader, new: Reader, contents: Contents, group: int) -> Itera
     first = group * superblock.inodes_per_group + 1
     readers = [r for r in (old, new) if group < r.superblock.groups]
     used = max(reader.groups[group].used for reader in readers)
+    if not used:
+        return
     size, block_size = superblock.inode_size, superblock.block_size
     if len(readers) == 1:  # the file system was made larger or smaller
         yield from range(first, first + used)

@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from horcrux_nbd.contents import Content, steadily, steady
+from horcrux_nbd.contents import Content, reading, steadily, steady
 from horcrux_nbd.errors import Busy, Damaged, UsageError
 
 
@@ -121,3 +121,17 @@ def test_versions_do_not_change() -> None:
     version = Volume([], [])
     version.volume = None  # type: ignore[assignment]
     assert look(version, ["right"]) == ("right", [False])
+
+
+@pytest.mark.parametrize(
+    ("pulses", "error"), [([1, 1, 1, 1], Damaged), ([1, 1, 1, 2], Busy), ([1, 1, None, 1], Busy)]
+)
+def test_reading_what_changes(
+    pulses: list[object], error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage that shows in a volume which was written to meanwhile is not told as damage."""
+    monkeypatch.setattr(steady, "files_of", lambda content: "reader")
+    with pytest.raises(error), reading(cast(Content, Volume(pulses, MOUNT))):
+        raise Damaged("does not fit")
+    with reading(cast(Content, Volume([1] * 4, MOUNT))) as reader:
+        assert cast(object, reader) == "reader"

@@ -99,6 +99,33 @@ def test_without_the_journal_it_would_be_something_else(
         assert read(disk.reader()) != expected
 
 
+def test_what_was_revoked_does_not_come_back(tmp_path: Path) -> None:
+    """Blocks of a directory are logged, freed, and hold a file's data then, which no journal has:
+    the old copy of the directory must not be taken for the file.
+    """
+    disk = Disk.make(tmp_path / "image", "-b", "1024", "-J", "size=4", size=16 * MiB)
+    with disk.mounted() as root:
+        (root / "d").mkdir()
+        for number in range(1500):
+            (root / "d" / f"{number:0200}").touch()
+        commit(root)
+        shutil.rmtree(root / "d")
+        commit(root)
+        fd = os.open(root / "fill", os.O_WRONLY | os.O_CREAT)
+        with contextlib.suppress(OSError):  # ENOSPC, in the end
+            while True:
+                os.write(fd, b"data" * 256)
+        os.fsync(fd)
+        os.close(fd)
+        copy = disk.copy("crashed")
+    reader = copy.reader()
+    assert reader.image.overlay
+    content = b"".join(reader.read_file(reader.lookup("fill")))
+    assert len(content) > 8 * MiB
+    assert content == b"data" * (len(content) // 4)
+    assert read(reader) == replayed(copy)
+
+
 def test_a_transaction_without_its_commit_does_not_count(tmp_path: Path) -> None:
     """The log cut off at any of its last blocks is as far as its last whole transaction."""
     disk = crashed(tmp_path, "checksums", seed=5)
@@ -116,9 +143,33 @@ def test_a_transaction_without_its_commit_does_not_count(tmp_path: Path) -> None
             seen_commits += 1
         block = journal._next(block)
     size = reader.image.block_size
-    disk.write(journal._place(commits[-1]) * size, bytes(size))
+    place = journal._place(commits[-1]) * size
+    disk.write(place + 100, b"damage")
+    assert len(list(_journal(disk.reader())._transactions())) == whole - 1
+    disk.write(place, bytes(size))
     assert len(list(_journal(disk.reader())._transactions())) == whole - 1
     assert read(disk.reader()) == replayed(disk)
+
+
+def test_a_log_that_goes_over_the_end_of_its_ring(tmp_path: Path) -> None:
+    disk = Disk.make(tmp_path / "image", "-b", "1024", "-J", "size=1", size=24 * MiB)
+    with disk.mounted() as root:
+        for turn in range(400):
+            (root / f"d{turn % 20}").mkdir(exist_ok=True)
+            for number in range(20):
+                path = root / f"d{turn % 20}" / f"{turn // 20}-{number}"
+                path.symlink_to("target" * 12)
+            commit(root)
+            if turn % 3:
+                continue
+            copy = disk.copy("crashed")
+            journal = _journal(copy.reader())
+            places = [read_block.args[0] for read_block in copy.reader().image.overlay.values()]  # type: ignore[attr-defined]
+            if journal._start and min(places) < journal._place(journal._start):
+                break
+        else:
+            raise AssertionError("it never did")
+    assert read(copy.reader()) == replayed(copy)
 
 
 def _journal(reader: Reader) -> Journal:

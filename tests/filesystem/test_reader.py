@@ -101,6 +101,22 @@ def test_a_file_of_a_terabyte_with_little_in_it(tmp_path: Path) -> None:
     assert [(at, data.rstrip(b"\0")) for at, data in pieces] == [(900 * GiB, b"here")]
 
 
+def test_room_that_was_never_written_is_zeros(tmp_path: Path) -> None:
+    """Whatever somebody else's file left there."""
+    disk = Disk.make(tmp_path / "image", size=16 * MiB)
+    with disk.mounted() as root:
+        (root / "before").write_bytes(b"secret" * (2 * MiB))
+        os.sync()
+        (root / "before").unlink()
+        with open(root / "after", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 10 * MiB)
+            os.pwrite(file.fileno(), b"mine", 5 * MiB)
+        expected = (root / "after").read_bytes()
+    reader = disk.reader()
+    assert b"".join(reader.read_file(reader.lookup("after"))) == expected
+    assert b"secret" not in expected
+
+
 def test_paths(tmp_path: Path) -> None:
     disk = Disk.make(tmp_path / "image")
     with disk.mounted() as root:
