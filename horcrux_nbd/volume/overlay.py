@@ -231,13 +231,6 @@ class Overlay:
             self.write(offset, memoryview(bytes(head)))
         if tail:
             self.write(stop << BLOCK_BITS, memoryview(bytes(tail)))
-        self._zero_blocks(first, stop)
-
-    def trim(self, offset: int, length: int) -> None:
-        """`zero` of the whole blocks in a range. The edges stay: to zero them may need a fetch."""
-        self._zero_blocks(-(-offset >> BLOCK_BITS), (offset + length) >> BLOCK_BITS)
-
-    def _zero_blocks(self, first: int, stop: int) -> None:
         if first < stop:
             with self._gate, self._locked(first, stop):
                 self._stack.layers[0].zero(first, stop - first)

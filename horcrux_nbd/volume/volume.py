@@ -155,10 +155,6 @@ class Volume:
         """Let a range read as zeros, in time that does not grow with it."""
         self._writable().zero(offset, self._whole(offset, length))
 
-    def trim(self, offset: int, length: int) -> None:
-        """Let the whole blocks of a range read as zeros; never fetches anything."""
-        self._writable().trim(offset, self._whole(offset, length))
-
     def zero_is_fast(self, offset: int, length: int) -> bool:
         """Whether `zero` there would not have to fetch anything."""
         return self._writable().zero_is_fast(offset, self._whole(offset, length))

@@ -97,7 +97,7 @@ LENGTHS = st.one_of(
     st.integers(1, 40).map(lambda n: n * 512),
     st.integers(1, 12).map(lambda n: n * BLOCK_SIZE),
 )
-STEPS = st.lists(st.tuples(st.sampled_from("wwwzztrpm"), OFFSETS, LENGTHS), min_size=1, max_size=25)
+STEPS = st.lists(st.tuples(st.sampled_from("wwwzzrpm"), OFFSETS, LENGTHS), min_size=1, max_size=25)
 
 
 @settings(max_examples=120, deadline=None)
@@ -105,7 +105,7 @@ STEPS = st.lists(st.tuples(st.sampled_from("wwwzztrpm"), OFFSETS, LENGTHS), min_
 def test_content_is_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
 ) -> None:
-    """Writes, zeros, trims, in layers that are put on top of each other and merged away again."""
+    """Writes and zeros, in layers that are put on top of each other and merged away again."""
     base = FakeBase(noise(SIZE // 2) + bytes(SIZE // 2))
     stacks = Stacks(tmp_path_factory.mktemp("layers"))
     overlay, model = stacks.overlay(base), bytearray(base.data)
@@ -118,13 +118,6 @@ def test_content_is_what_was_written(
         elif step == "z":
             overlay.zero(offset, end - offset)
             model[offset:end] = bytes(end - offset)
-        elif step == "t":
-            reads = len(base.reads)
-            overlay.trim(offset, end - offset)
-            first, stop = -(-offset // BLOCK_SIZE), end // BLOCK_SIZE
-            for block in range(first, stop):
-                model[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = bytes(BLOCK_SIZE)
-            assert len(base.reads) == reads
         elif step == "r":
             assert read(overlay, offset, end - offset) == model[offset:end]
         elif step == "p" and len(overlay.layers) < 4:
@@ -151,7 +144,6 @@ def test_whole_blocks_are_written_without_reading(stacks: Stacks) -> None:
     overlay = stacks.overlay(base)
     overlay.write(BLOCK_SIZE, memoryview(noise(8 * BLOCK_SIZE)))
     overlay.zero(20 * BLOCK_SIZE, BLOCK_SIZE)
-    overlay.trim(30 * BLOCK_SIZE + 1, 3 * BLOCK_SIZE)
     assert base.reads == []
     overlay.write(BLOCK_SIZE + 5, memoryview(b"in a block that is here"))
     overlay.write(20 * BLOCK_SIZE + 5, memoryview(b"in a block of zeros"))
@@ -250,7 +242,7 @@ def test_writers_across_stripes_lose_nothing_and_do_not_lock_up(stacks: Stacks) 
             else:
                 overlay.write(low, memoryview(noise(high - low, low)))
 
-    run(*(lambda n=n: work(pieces[n::6]) for n in range(6)), lambda: overlay.trim(end, 10 * end))
+    run(*(lambda n=n: work(pieces[n::6]) for n in range(6)), lambda: overlay.zero(end, 10 * end))
     for low, high in pieces:
         if (low, high) in large:
             assert read(overlay, low, 701) == b"\x01" * 700 + b"\0"

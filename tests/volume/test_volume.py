@@ -128,17 +128,6 @@ class BlockDevice(RuleBasedStateMachine):
         self._changed(offset, length)
 
     @rule(offset=offsets, length=lengths)
-    def trim(self, offset: int, length: int) -> None:
-        offset, length = self._range(offset, length)
-        self.volume.trim(offset, length)
-        first, stop = -(-offset // BLOCK) * BLOCK, (offset + length) // BLOCK * BLOCK
-        if offset + length == self.size:
-            stop = self.size
-        if first < stop:
-            self.content[first:stop] = bytes(stop - first)
-            self._changed(first, stop - first)
-
-    @rule(offset=offsets, length=lengths)
     def read(self, offset: int, length: int) -> None:
         offset, length = self._range(offset, length)
         assert read(self.volume, offset, length) == self.content[offset : offset + length]
@@ -279,7 +268,6 @@ def test_nothing_is_fetched_to_open_it_nor_for_what_is_overwritten(
     volume: Volume, watched: list[Watched]
 ) -> None:
     write(volume, CHUNK, noise(CHUNK, 1))
-    volume.trim(3 * CHUNK + 5, 5 * CHUNK)
     volume.zero(2 * CHUNK, CHUNK)
     volume.flush()
     assert read(volume, CHUNK, CHUNK) == noise(CHUNK, 1)
@@ -379,8 +367,7 @@ def test_read_only_volumes_and_versions(tmp_path: Path, url: str) -> None:
     again = Volume.open(folder, cache=tmp_path / "cache", read_only=True)
     assert read(again, 5, 7) == b"written"
     for change in (
-        lambda: write(again, 0, b"x"), lambda: again.zero(0, 10), lambda: again.trim(0, BLOCK),
-        lambda: again.freeze(PENDING),
+        lambda: write(again, 0, b"x"), lambda: again.zero(0, 10), lambda: again.freeze(PENDING),
     ):  # fmt: skip
         with pytest.raises(UsageError, match="read-only"):
             change()
@@ -401,7 +388,7 @@ def test_frozen_layers_lie_under_what_is_written_later(volume: Volume, tmp_path:
         volume.freeze(PENDING)
     write(volume, BLOCK + 10, b"above")
     write(volume, 5 * BLOCK + 10, b"above zeros")
-    volume.trim(2 * BLOCK, BLOCK)
+    volume.zero(2 * BLOCK, BLOCK)
     expected = bytearray(noise(SIZE))
     expected[: 3 * BLOCK] = noise(3 * BLOCK, 1)
     expected[5 * BLOCK : 7 * BLOCK] = bytes(2 * BLOCK)
