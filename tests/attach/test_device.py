@@ -58,6 +58,7 @@ def die(what: Callable[[], object], step: int, into: float) -> bool:
     return status != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", [0, 0.02])
 @pytest.mark.parametrize("what", ["attach", "detach"])
 def test_killed_at_every_step(

@@ -173,6 +173,7 @@ def test_concurrent_direct_writes_come_back_as_written(
     assert len(written) > pieces
 
 
+@pytest.mark.slow
 def test_fifty_rounds_leave_nothing(server: Server, state: Path, target: Path) -> None:
     assert server.process
     for _ in range(50):
