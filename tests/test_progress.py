@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import sys
 import threading
 
 import pytest
@@ -46,7 +47,8 @@ def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_lose_no_count() -> None:
-    out = io.StringIO()
+    out, interval = io.StringIO(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # or they hardly ever meet
     with PlainProgress(out) as progress:
         progress.start("reading")
         threads = [
@@ -57,6 +59,7 @@ def test_threads_lose_no_count() -> None:
             thread.start()
         for thread in threads:
             thread.join()
+    sys.setswitchinterval(interval)
     assert out.getvalue().startswith("reading: 19.5 KiB,")
 
 

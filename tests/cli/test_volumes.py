@@ -90,6 +90,13 @@ def test_serve(volume: str, served: str) -> None:
     assert Process.of(server["pid"]) is None
 
 
+def test_the_configured_cache(volume: str, horcrux_host: Path) -> None:
+    (horcrux_host / "config.toml").write_text('[cache]\nsize = "100M"\n')
+    server = run("serve", "--json", volume).json
+    command = Path(f"/proc/{server['pid']}/cmdline").read_bytes().split(b"\0")
+    assert b"cache_size=%d" % (100 << 20) in command
+
+
 def test_serve_elsewhere(volume: str, tmp_path: Path) -> None:
     socket = tmp_path / "my socket?"
     made = run("serve", "--json", "--socket", socket, volume).json
