@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 from horcrux_nbd.errors import Busy, Damaged, UsageError
+from horcrux_nbd.volume import fetch
 from horcrux_nbd.volume import volume as volumes
 from horcrux_nbd.volume.blockmap import BASE, DATA, ZERO
 from horcrux_nbd.volume.state import Pending
@@ -463,7 +464,10 @@ def test_nothing_is_left_open(tmp_path: Path, url: str) -> None:
     assert open_descriptors() == before
 
 
-def test_it_closes_while_the_store_hangs(tmp_path: Path, url: str, watched: list[Watched]) -> None:
+def test_it_closes_while_the_store_hangs(
+    tmp_path: Path, url: str, watched: list[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "STOP_LIMIT", 0.5)
     volume = Volume.open(make_volume(tmp_path / "v", url), cache=tmp_path / "cache")
     write(volume, 0, noise(BLOCK))
     watched[0].open.clear()
