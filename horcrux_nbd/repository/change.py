@@ -36,17 +36,26 @@ class ChangeWriter:
 
     def patched(self, old: bytes) -> dict[int, bytes]:
         """The blocks that the patches at hand, from the top on, have of what `old` names."""
-        return self._merge(old, {})[0]
+        return self._merge(old, {}, everything=True)[0]
 
     def _merge(
-        self, old: bytes, blocks: Mapping[int, bytes]
+        self, old: bytes, blocks: Mapping[int, bytes], everything: bool = False
     ) -> tuple[dict[int, bytes], bytes, tuple[bytes, ...]]:
-        """Blocks, what lies below them, and the chain from there on where it is known."""
+        """Blocks, what lies below them, and the chain from there on where it is known.
+
+        A patch below that is larger than all above it stays as it is, unless there are MAX_CHAIN
+        layers or `everything` is wanted: else a chunk that each commit changes a little would be
+        stored anew with all of its changes each time. So sizes grow down the chain, and a block is
+        stored at most once for each doubling.
+        """
         merged, below = dict(blocks), old
         while kind_of(below) is Kind.PATCH:
             patch = self._patch(below)
             if patch is None:
                 break
+            room = layers_of(below) < MAX_CHAIN and patch.open_end is None
+            if room and not everything and len(patch.blocks) > len(merged):
+                return merged, below, (below, *patch.chain)
             merged = {**patch.blocks, **merged}
             below = patch.chain[0]
             if len(patch.chain) > 1 and self._patch(below) is None:

@@ -7,14 +7,16 @@ which blocks of a chunk differ takes its content on both sides, from this host o
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
 from ..errors import Damaged, UsageError
 from ..repository.commits import Commit
-from ..repository.index import Index
-from ..repository.objects import NULL_ID
+from ..repository.index import FANOUT, Index, check_node
+from ..repository.objects import ID_SIZE, NULL_ID, Kind
 from ..repository.repository import Repository
 from ..units import KiB
 from ..volume import state as states
@@ -24,8 +26,10 @@ from ..volume.layer import BLOCK_SIZE, Layer
 from ..volume.local import LocalObjects
 from ..volume.overlay import Overlay
 from ..volume.pack import touched_chunks, written_blocks
+from .history import FAR
 from .session import Session
 
+EMPTY = bytes(FANOUT * ID_SIZE)
 TRIES = 5  # a commit may end just while a volume is opened for reading
 
 
@@ -48,9 +52,31 @@ class Side:
     ) -> None:
         self.name, self.commit, self.layers = name, commit, layers
         self._base = Base(repository, commit, cache, local)
-        self.index = Index(commit.index, commit.levels, self._base.load_node)
+        self._repository, self._cache, self._local = repository, cache, local
+        self.index = Index(commit.index, commit.levels, self._node)
         self._view: Overlay | Base = Overlay(layers, self._base) if layers else self._base
         self._resources = resources
+
+    def _node(self, oid: bytes) -> bytes:
+        """As `Base.load_node`, but a node that came at once is not kept: a comparison reads many,
+        and each file in the cache costs more than such a read.
+        """
+        node = self._local.node(oid) if self._local is not None else self._cache.read(oid)
+        if node is None:
+            began = time.monotonic()
+            node = self._repository.read_object(oid, (Kind.NODE,))[1]
+            if time.monotonic() - began > FAR:
+                self._cache.insert(oid, node, meta=True)
+        return node
+
+    def table(self, oid: bytes, level: int) -> bytes:
+        """The ids in a node of the index at `level`."""
+        return EMPTY if oid == NULL_ID else check_node(self._node(oid), level)
+
+    @property
+    def concurrency(self) -> int:
+        """How many reads at once are worth having."""
+        return self._repository.store.concurrency
 
     @property
     def size(self) -> int:
@@ -185,8 +211,46 @@ def _chunk_size(old: Side, new: Side) -> int:
     return old.commit.chunk_size
 
 
+def differing_chunks(old: Side, new: Side) -> set[int]:
+    """The chunks whose ids differ. Reads the nodes of a level many at a time: an index of a large
+    image is thousands, and a store may be far away.
+    """
+    if old.index.levels != new.index.levels:
+        return {number for number, _, _ in old.index.diff(new.index)}
+    pairs = [(0, old.index.root, new.index.root)]
+    with ThreadPoolExecutor(max(1, min(16, new.concurrency))) as pool:
+        for level in range(new.index.levels - 1, -1, -1):
+            pairs = [pair for pair in pairs if pair[1] != pair[2]]
+            tables = [
+                _tables(pool, side, level, ids)
+                for side, ids in (
+                    (old, sorted({a for _, a, _ in pairs})),
+                    (new, sorted({b for _, _, b in pairs})),
+                )
+            ]
+            pairs = [
+                (number * FANOUT + slot, a, b)
+                for number, x, y in pairs
+                for slot, a, b in _differing_slots(tables[0][x], tables[1][y])
+            ]
+    return {number for number, _, _ in pairs}
+
+
+def _tables(
+    pool: ThreadPoolExecutor, side: Side, level: int, ids: list[bytes]
+) -> dict[bytes, bytes]:
+    return dict(zip(ids, pool.map(lambda oid: side.table(oid, level), ids), strict=True))
+
+
+def _differing_slots(old: bytes, new: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    for slot in range(FANOUT):
+        at = slice(slot * ID_SIZE, (slot + 1) * ID_SIZE)
+        if old[at] != new[at]:
+            yield slot, old[at], new[at]
+
+
 def _candidates(old: Side, new: Side) -> Iterator[int]:
-    numbers = {number for number, _, _ in old.index.diff(new.index)}
+    numbers = differing_chunks(old, new)
     for side in (old, new):
         numbers.update(
             touched_chunks(side.layers, side.index, side.commit.chunk_size, side.commit.chunks)

@@ -16,6 +16,7 @@ from ..errors import Damaged, NotFound, UsageError
 from ..names import Version, looks_like_id
 from ..repository.commits import Commit
 from ..repository.objects import ID_SIZE
+from .history import Commits
 from .session import Session
 
 _REF = re.compile(r"(?P<origin>origin/)?(?P<name>@|[A-Za-z0-9][A-Za-z0-9_.-]{0,99})(?P<steps>.*)")
@@ -53,6 +54,7 @@ def find(session: Session, ref: str) -> Found:
         found, branch = _there(session, name)
     elif name == session.state.ref or name in session.state.heads:
         branch = name
+    commits = Commits(session.remote, session.cache, session.local)
     oid, commit = found, session.commit(found)
     for step in range(steps):
         if not commit.parents:
@@ -61,7 +63,7 @@ def find(session: Session, ref: str) -> Found:
             )
         oid = commit.parents[0]
         try:
-            commit = session.commit(oid)
+            commit = commits.get(oid, (image, branch) if branch else None)
         except Damaged as error:
             raise NotFound(f"{ref}: what was before {name}~{step} is gone ({error})") from None
     return Found(oid, commit, None if steps or match["origin"] else branch, _upstream(session, oid))

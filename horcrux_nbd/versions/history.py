@@ -22,33 +22,43 @@ from ..volume.cache import Cache
 from ..volume.local import LocalObjects
 
 WINDOW = 64  # records read ahead at once
-FAR = 0.005  # seconds for one object: beyond, reading ahead is worth two requests each
+# Seconds for one object, several times in a row: beyond, reading ahead is worth two requests each,
+# and what was read is worth a file in the cache, which costs about a millisecond.
+FAR = 0.005
+SLOW_READS = 3
 
 
 class Commits:
     """Commits by id, from a volume's own, the cache and the repository. For one thread."""
 
     def __init__(
-        self, repository: Repository, cache: Cache, local: LocalObjects | None = None
+        self,
+        repository: Repository,
+        cache: Cache,
+        local: LocalObjects | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
-        self.repository, self._cache, self._local = repository, cache, local
+        """`keep` puts what is read into the cache, also where the store is near."""
+        self.repository, self._cache, self._local, self._keep = repository, cache, local, keep
         self._known: dict[bytes, Commit] = {}
         self._ahead: set[bytes] = set()  # read ahead, and not asked for yet
         self._keys: dict[str, Iterator[str]] = {}  # records of a branch that were not read yet
-        self._far = False
+        self._slow = 0  # reads in a row that took their time
 
     def get(self, oid: bytes, branch: tuple[str, str] | None = None) -> Commit:
         """One commit; `branch` (image and name) is where those before it may be found."""
         self._ahead.discard(oid)
         found = self._known.get(oid) or self._here(oid)
-        if found is None and branch is not None and self._far and not self._ahead:
+        far = self._slow >= SLOW_READS
+        if found is None and branch is not None and far and not self._ahead:
             self._read_ahead(*branch)
             self._ahead.discard(oid)
             found = self._known.get(oid)
         if found is None:
             began = time.monotonic()
-            found = self._fetch(oid)
-            self._far = time.monotonic() - began > FAR
+            found = self._fetch(oid, self._keep or far)
+            self._slow = self._slow + 1 if time.monotonic() - began > FAR else 0
         self._known[oid] = found
         return found
 
@@ -58,9 +68,10 @@ class Commits:
         plain = self._cache.read(oid)
         return None if plain is None else Commit.decode(plain)
 
-    def _fetch(self, oid: bytes) -> Commit:
+    def _fetch(self, oid: bytes, keep: bool) -> Commit:
         plain = self.repository.read_object(oid, (Kind.COMMIT,))[1]
-        self._cache.insert(oid, plain, meta=True)
+        if keep:
+            self._cache.insert(oid, plain, meta=True)
         return Commit.decode(plain)
 
     def _read_ahead(self, image: str, branch: str) -> None:
@@ -73,9 +84,9 @@ class Commits:
         def read(key: str) -> tuple[bytes, Commit] | None:
             try:
                 oid = refs.read_record(key).commit
-                if oid is None:
+                if oid is None or oid in self._known:
                     return None
-                return oid, self._here(oid) or self._fetch(oid)
+                return oid, self._here(oid) or self._fetch(oid, True)
             except HorcruxError:  # whoever needs it will read it, and see
                 return None
 

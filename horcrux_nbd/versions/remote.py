@@ -65,7 +65,7 @@ def _fetch(session: Session) -> Fetched:
     line = {oid for oid, _ in own} | {session.base}
     if state.upstream is not None:
         line.add(bytes.fromhex(state.upstream))
-    commits = Commits(repository, session.cache, session.local)
+    commits = Commits(repository, session.cache, session.local, keep=True)
     new, fork = [], None
     for oid, commit in itertools.islice(commits.line(record.commit, state.ref), MOST):
         if oid in line:

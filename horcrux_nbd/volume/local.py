@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..chunkstore import open_store
@@ -140,10 +141,15 @@ class LocalObjects:
 
     def release(self, ids: Iterable[bytes]) -> None:
         """The store has these now: they move from the volume's own into the cache."""
-        for oid in ids:
+
+        def move(oid: bytes) -> None:
             kind = kind_of(oid)
             self._cache.insert(oid, self.own_plain(oid), meta=kind is not Kind.CHUNK)
             self.store.delete(object_key(oid))
+
+        with ThreadPoolExecutor(8, thread_name_prefix="release") as pool:
+            for _ in pool.map(move, ids):
+                pass
 
     def commit(self, oid: bytes) -> Commit | None:
         """One of the volume's own commits, or one in the cache; None if it is not here."""

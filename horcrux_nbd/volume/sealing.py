@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -124,10 +125,20 @@ def seal(volume: Volume, commit_id: bytes) -> VolumeState:
         volume.base = base
         # Reads that are under way still use these; their files close with the last of them.
         old.close(wait=False)
-        for layer in frozen:
-            layer.retire()
-            shutil.rmtree(layer.folder, ignore_errors=True)
+        # A second and more for a file in many pieces, and nobody has to wait for it. What a crash
+        # leaves is removed when the volume is opened next.
+        remover = threading.Thread(target=_remove, args=(list(frozen),), name="remove", daemon=True)
+        remover.start()
+        volume.removers = [thread for thread in volume.removers if thread.is_alive()] + [remover]
         return state
+
+
+def _remove(layers: list[Layer]) -> None:
+    while layers:
+        layer = layers.pop()
+        layer.retire()
+        shutil.rmtree(layer.folder, ignore_errors=True)
+        del layer  # its descriptors close with the last reader's reference
 
 
 def _keep_superblock(overlay: Overlay) -> None:

@@ -200,7 +200,7 @@ def sweep_layers(folder: Path, state: VolumeState) -> None:
     used = {layer_folder(folder, name) for name in state.all_layers}
     for path in (folder / OVERLAY).iterdir():
         if path not in used:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # the next time, if not now
 
 
 def lock_of(folder: Path, name: str) -> files.FileLock:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # How long a read that only the store can serve waits for it, seconds; then EIO. Below the 90 s
 # after which the kernel's NBD client gives up on a request.
 STORE_LIMIT = 60.0
+REMOVAL_LIMIT = 30.0  # seconds for the removal of layers at the end; what is left goes next time
 
 
 class Volume:
@@ -47,6 +48,7 @@ class Volume:
         self.folder = folder
         self.versions = threading.Lock()  # one freeze or seal at a time
         self.fresh = sealing.Fresh(self)
+        self.removers: list[threading.Thread] = []  # of layers that went into commits
         self._warmer: IndexWarmer | None = None
         self._lock: files.FileLock | None = None
         self.size = base.commit.size
@@ -229,6 +231,8 @@ class Volume:
                 self._warmer.stop()
             self.base.close()
             self.fresh.drop()
+            for remover in self.removers:
+                remover.join(REMOVAL_LIMIT)
             for layer in self.overlay.layers if self.overlay is not None else ():
                 layer.close()
             _close(self._resources)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import first_query, generate_speed, open_size, warm
+from . import first_query, generate_speed, history_size, open_size, page_updates, warm
 from .common import Missing, Table
 
 ALL = {
@@ -16,6 +16,8 @@ ALL = {
     "warm": warm,
     "generate": generate_speed,
     "first-query": first_query,
+    "pages": page_updates,
+    "history": history_size,
 }
 
 

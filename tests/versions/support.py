@@ -115,21 +115,20 @@ def clear_cache() -> None:
 # is looked up from the modules below, the call of it that ends the process (1 is the first), and
 # whether before or after it.
 _CRASHING = """
-import importlib, os, signal, sys
+import importlib, itertools, os, signal, sys
 target, number, when, code = sys.argv[1:5]
 module, _, name = target.partition(":")
 where = importlib.import_module(module)
 *path, last = name.split(".")
 for part in path:
     where = getattr(where, part)
-original, calls = getattr(where, last), 0
+original, calls = getattr(where, last), itertools.count(1)
 def crash(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == int(number) and when == "before":
+    mine = next(calls) == int(number)  # threads call it, too
+    if mine and when == "before":
         os.kill(os.getpid(), signal.SIGKILL)
     result = original(*args, **kwargs)
-    if calls == int(number) and when == "after":
+    if mine and when == "after":
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 setattr(where, last, crash)

@@ -245,11 +245,28 @@ def test_twenty_commits_of_one_page_with_nothing_here(disk: Disk) -> None:
         assert version_content(disk.url, f"main~{back}") == content
 
 
-def test_twenty_commits_of_one_page_are_one_patch_where_they_are_here(disk: Disk) -> None:
+def test_twenty_commits_of_one_page_make_no_long_chain_where_they_are_here(disk: Disk) -> None:
+    contents = []
     for number in range(20):
-        disk.write((CHUNK + BLOCK * (number % 3), noise(BLOCK, number)))
+        disk.write((CHUNK + BLOCK * (number % 3), noise(BLOCK, ("new", number))))
         disk.commit(f"commit {number}")
-        assert layers_of(entries(disk)[1]) == 1
+        contents.append(bytes(disk.model))
+        assert layers_of(entries(disk)[1]) <= 3
+    disk.push()
+    for back, content in list(enumerate(reversed(contents)))[::4]:
+        assert version_content(disk.url, f"main~{back}") == content
+
+
+def test_a_chunk_that_changes_a_little_each_time_costs_little_each_time(tmp_path: Path) -> None:
+    """Not all of its changes again with each commit."""
+    size = 512 * KiB
+    disk = Disk("v", make_image(tmp_path / "repo", noise(size), chunk_size=size))
+    stored = 0
+    for number in range(24):
+        disk.write((BLOCK * (5 * number % 127), noise(BLOCK, ("new", number))))
+        stored += disk.commit(f"commit {number}").bytes - 9 * KiB  # the index node
+        assert layers_of(entries(disk).get(0, NULL_ID)) <= 8
+    assert stored < 24 * BLOCK * 4  # 24 * 25 / 2 blocks if each had all before it
     disk.push()
     assert version_content(disk.url) == disk.model
 
