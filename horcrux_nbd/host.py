@@ -18,8 +18,8 @@ from typing import Any
 from . import config, control, files, paths, server
 from .attach import device as devices
 from .attach.base import Attachment
-from .attach.mount import give_up, unmount_device
 from .attach.mount import mount as mount_device
+from .attach.mount import unmount_device
 from .attach.mountinfo import Mount, mounts_of
 from .chunkstore import open_mirrored, open_store
 from .errors import Busy, Damaged, HorcruxError, NotFound, StoreError, UsageError
@@ -217,12 +217,19 @@ def serve(
     read_only: bool = False,
     options: dict[str, str] | None = None,
 ) -> server.Server:
-    """Start the volume's NBD server. `options` go to the plugin. Raises Busy if it runs."""
+    """Start the volume's NBD server. `options` go to the plugin. Raises Busy if it runs.
+
+    A device of it whose server had died is connected to the new one, where it can be (kernel NBD).
+    """
     load(name)
     with locked(name):
-        return server.start(
+        serving = server.start(
             name, folder_of(name), socket=socket, read_only=read_only, options=options
         )
+        attachment = Attachment.load(_attach_state(name))
+        if attachment is not None and devices.status(attachment).reconnect:
+            devices.reconnect(attachment)
+        return serving
 
 
 def stop(name: str, *, force: bool = False) -> bool:
@@ -378,8 +385,8 @@ def umount(name_or_folder: str, *, force: bool = False) -> str:
     with locked(name):
         attachment = Attachment.load(_attach_state(name))
         mounted = bool(attachment and mounts_of(attachment.device))
-        if attachment is not None:
-            (give_up if force else unmount_device)(attachment.device)
+        if attachment is not None and not force:  # else `detach` does it, in the order it takes
+            unmount_device(attachment.device)
         was_attached = _detach(name, force)
         if not mounted and not was_attached:
             raise NotFound(f"volume {name} is not mounted")
