@@ -228,6 +228,27 @@ def test_other_kinds_of_ext(tmp_path: Path, options: tuple[str, ...]) -> None:
     pair.change(work)
 
 
+def test_small_blocks_beside_each_other(tmp_path: Path) -> None:
+    """What is told as one changed block may be four, of several files."""
+    pair = Pair(tmp_path, "-b", "1024")
+
+    def begin(root: Path) -> None:
+        for number in range(40):
+            (root / f"f{number}").write_bytes(b"%d" % number * 400)
+
+    def work(root: Path) -> None:
+        for number in range(40):
+            if number % 4:
+                os.utime(root / f"f{number}", ns=(1, number))
+            else:
+                with open(root / f"f{number}", "r+b") as file:
+                    file.write(b"x")
+
+    pair.prepare(begin)
+    changes = pair.change(work)
+    assert [c.what for c in changes].count(("times",)) == 30
+
+
 # ---- any sequence
 
 NAMES = st.sampled_from([f"n{number}" for number in range(8)] + [os.fsdecode(n) for n in ODD[:3]])
@@ -322,13 +343,17 @@ def test_with_a_journal_that_was_not_replayed(tmp_path: Path) -> None:
     """A version, and the same disk in use: its newest names are in the journal only."""
     pair = Pair(tmp_path)
     pair.prepare(make_tree)
-    with pair.new.mounted() as root:
+    with pair.new.mounted("data=journal") as root:
+        with open(root / "size-70000", "r+b") as file:
+            os.pwrite(file.fileno(), b"changed", 30_000)
         (root / "added").write_bytes(b"a" * 5000)
         (root / "size-100").unlink()
         os.rename(root / "hard", root / "harder")
         for number in range(300):
             (root / "many" / f"more-{number}").touch()
-        os.sync()
+        fd = os.open(root / "added", os.O_RDONLY)
+        os.fsync(fd)  # into the journal, and no further
+        os.close(fd)
         in_use = pair.new.copy("in-use")
         after = seen(root)
     assert in_use.reader().image.overlay
