@@ -56,9 +56,8 @@ class Commits:
             self._ahead.discard(oid)
             found = self._known.get(oid)
         if found is None:
-            began = time.monotonic()
-            found = self._fetch(oid, self._keep or far)
-            self._slow = self._slow + 1 if time.monotonic() - began > FAR else 0
+            found, slow = self._fetch(oid)
+            self._slow = self._slow + 1 if slow else 0
         self._known[oid] = found
         return found
 
@@ -68,11 +67,14 @@ class Commits:
         plain = self._cache.read(oid)
         return None if plain is None else Commit.decode(plain)
 
-    def _fetch(self, oid: bytes, keep: bool) -> Commit:
+    def _fetch(self, oid: bytes) -> tuple[Commit, bool]:
+        """A commit from the store, and whether that took its time: then it is kept."""
+        began = time.monotonic()
         plain = self.repository.read_object(oid, (Kind.COMMIT,))[1]
-        if keep:
+        slow = time.monotonic() - began > FAR
+        if slow or self._keep:
             self._cache.insert(oid, plain, meta=True)
-        return Commit.decode(plain)
+        return Commit.decode(plain), slow
 
     def _read_ahead(self, image: str, branch: str) -> None:
         refs = self.repository.refs
@@ -86,7 +88,7 @@ class Commits:
                 oid = refs.read_record(key).commit
                 if oid is None or oid in self._known:
                     return None
-                return oid, self._here(oid) or self._fetch(oid, True)
+                return oid, self._here(oid) or self._fetch(oid)[0]
             except HorcruxError:  # whoever needs it will read it, and see
                 return None
 
