@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import select
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import HorcruxError
-from .processes import TimedOut
+from .processes import TimedOut, readable
 
 TIMEOUT = 60.0  # seconds to write out what is dirty; reads that it needs may go to the store
 LONGEST = 30  # seconds that a freeze lasts at most, whatever we do
@@ -128,7 +127,7 @@ class Freezer:
         line, deadline = b"", time.monotonic() + self._timeout
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._child.stdout], [], [], left)[0]:
+            if left <= 0 or not readable(self._child.stdout.fileno(), left):
                 raise TimedOut(
                     f"{', '.join(map(str, self._targets))} could not be frozen within "
                     f"{self._timeout:.0f} s: it is thawed as soon as that is possible"

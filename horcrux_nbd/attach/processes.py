@@ -103,11 +103,11 @@ class Process:
         try:
             if not self.alive():
                 return True
-            ready = select.select([descriptor], [], [], timeout)[0]
+            ready = readable(descriptor, timeout)
             if ready:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(self.pid, os.WNOHANG)
-            return bool(ready)
+            return ready
         finally:
             os.close(descriptor)
 
@@ -128,6 +128,16 @@ def _stat(pid: int) -> list[str]:
         return []
     # The command name may hold spaces and brackets: fields count from its last bracket.
     return text[text.rindex(")") + 2 :].split()
+
+
+def readable(descriptor: int, timeout: float) -> bool:
+    """Whether `descriptor` has something within `timeout` seconds.
+
+    poll(2), since select(2) takes no descriptor above 1,023 and the cache opens more files.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout) * 1000))
 
 
 def with_argument(program: str, argument: str) -> list[Process]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from .versions_place import Place, opened, place
 from .words import volume_state
 
 if TYPE_CHECKING:
-    from ..versions.diff_blocks import Extent, Side
+    from ..contents import Content
+    from ..versions.diff_blocks import Extent
 
 EXT = ("ext2", "ext3", "ext4")
 _LETTERS = {"added": "A", "deleted": "D", "modified": "M", "renamed": "R"}
@@ -57,8 +57,8 @@ def diff(words: tuple[str, ...], stat: bool, blocks: bool, as_json: bool) -> Non
 # ---- what is compared
 
 
-def _sides(words: tuple[str, ...], stack: contextlib.ExitStack) -> tuple[Side, Side]:
-    from ..versions.diff_blocks import volume_side
+def _sides(words: tuple[str, ...], stack: contextlib.ExitStack) -> tuple[Content, Content]:
+    from ..contents import open_volume
 
     first, *refs = words
     if len(refs) > 2:
@@ -69,7 +69,7 @@ def _sides(words: tuple[str, ...], stack: contextlib.ExitStack) -> tuple[Side, S
         return _whole(first, found, stack), _whole(refs[0], other, stack)
     if found.volume is not None and len(refs) < 2:
         old = _version(first, refs[0] if refs else "HEAD", stack)
-        return old, stack.enter_context(volume_side(found.volume))
+        return old, stack.enter_context(open_volume(found.volume))
     if not refs:
         raise UsageError(f"say what to compare {first} with, as in `diff {first} main~1`")
     return (
@@ -87,31 +87,32 @@ def _is_place(word: str) -> bool:
     return False
 
 
-def _whole(word: str, found: Place, stack: contextlib.ExitStack) -> Side:
-    from ..versions.diff_blocks import volume_side
+def _whole(word: str, found: Place, stack: contextlib.ExitStack) -> Content:
+    from ..contents import open_volume
 
     if found.volume is not None:
-        return stack.enter_context(volume_side(found.volume))
+        return stack.enter_context(open_volume(found.volume))
     return _version(word, None, stack)
 
 
-def _version(word: str, ref: str | None, stack: contextlib.ExitStack) -> Side:
-    from ..versions.diff_blocks import stored_side, version_side
+def _version(word: str, ref: str | None, stack: contextlib.ExitStack) -> Content:
+    from ..contents import Content
 
-    opened_place, asked = stack.enter_context(opened(word, ref))
-    oid, commit = opened_place.find(asked)
-    name = f"{commit.image}@{output.short(oid)}"
-    if opened_place.session is not None:
-        return stack.enter_context(version_side(name, oid, opened_place.session))
-    return stack.enter_context(
-        stored_side(name, commit, opened_place.repository, opened_place.cache)
-    )
+    with contextlib.ExitStack() as resources:
+        opened_place, asked = resources.enter_context(opened(word, ref))
+        oid, commit = opened_place.find(asked)
+        name = f"{commit.image}@{output.short(oid)}"
+        local = None if opened_place.session is None else opened_place.session.local
+        content = Content(
+            name, commit, opened_place.repository, opened_place.cache, local, resources.pop_all()
+        )
+    return stack.enter_context(content)
 
 
 # ---- how it is shown
 
 
-def _show_stat(old: Side, new: Side, as_json: bool) -> None:
+def _show_stat(old: Content, new: Content, as_json: bool) -> None:
     from ..versions.diff_blocks import stat
 
     found = stat(old, new)
@@ -146,27 +147,11 @@ def _show_blocks(extents: Iterator[Extent], as_json: bool) -> None:
     click.echo(f"{format_size(total)} in {output.plural(count, 'piece')}")
 
 
-def _show_files(old: Side, new: Side, as_json: bool) -> None:
-    from ..filesystem import compare, open_filesystem
+def _show_files(old: Content, new: Content, as_json: bool) -> None:
+    from ..contents import changed_files
     from ..filesystem.changes import shown
-    from ..versions.diff_blocks import differing
 
-    extents = list(differing(old, new))
-    starts = [one.start for one in extents]
-
-    def changed(offset: int, length: int) -> Iterator[tuple[int, int]]:
-        for one in extents[max(0, bisect_right(starts, offset) - 1) :]:
-            if one.start >= offset + length:
-                return
-            low, high = max(offset, one.start), min(offset + length, one.start + one.length)
-            if low < high:
-                yield low, high
-
-    changes = compare(
-        open_filesystem(_reader(old), old.size, old.name),
-        open_filesystem(_reader(new), new.size, new.name),
-        changed,
-    )
+    changes = changed_files(old, new)
     if as_json:
         output.emit_json([one.to_json() for one in changes])
         return
@@ -189,12 +174,3 @@ def _sizes(one: Any) -> str:
     what = [word for word in one.what if word != "content"]
     sizes = f"{format_size(one.changed_bytes)} changed of {format_size(one.new_size or 0)}"
     return f"  {sizes}" + (f" ({', '.join(what)})" if what else "")
-
-
-def _reader(side: Side) -> Any:
-    def read(offset: int, length: int) -> bytes:
-        content = bytearray(length)
-        side.read_into(offset, memoryview(content))
-        return bytes(content)
-
-    return read

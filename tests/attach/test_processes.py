@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from horcrux_nbd.attach import processes
-from horcrux_nbd.attach.processes import Process, ProgramFailed, TimedOut, run
+from horcrux_nbd.attach.processes import Process, ProgramFailed, TimedOut, readable, run
 from horcrux_nbd.errors import EnvironmentProblem
 
 from .conftest import wait_for
@@ -123,3 +125,23 @@ def test_io_flusher_is_inherited_by_programs_and_ends_for_us() -> None:
     # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of linux/sched.h
     assert inside & 0x180000 == 0x180000
     assert not flags(Path("/proc/self/stat").read_text()) & 0x180000
+
+
+def test_a_descriptor_beyond_those_of_select_can_be_waited_for() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("needs `ulimit -Hn` of 1200 or more")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    read, write = os.pipe()
+    try:
+        high = fcntl.fcntl(read, fcntl.F_DUPFD, 1100)
+        try:
+            assert not readable(high, 0)
+            os.write(write, b"x")
+            assert readable(high, 10)
+        finally:
+            os.close(high)
+    finally:
+        os.close(read)
+        os.close(write)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
