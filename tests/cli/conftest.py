@@ -17,9 +17,10 @@ from .support import make_directory, run
 def made_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     source = make_directory(folder / "source")
-    run("generate", "-q", "-s", "64K", "-m", "first", "AMCC", source, folder / "repository")
+    words = ["-q", "--size", "64M", "AMCC", source, folder / "repository"]
+    run("generate", "-s", "64K", "-m", "first", *words)
     (source / "small").write_text("hello again\n")
-    run("generate", "-q", "-m", "second", "AMCC", source, folder / "repository")
+    run("generate", "-m", "second", *words)
     return folder / "repository"
 
 

@@ -106,13 +106,13 @@ def test_serve_elsewhere(volume: str, tmp_path: Path) -> None:
 
 def test_changes_outlive_servers(volume: str, served: str) -> None:
     """Written by qemu, there after the server was killed; rm refuses to lose them."""
-    write = ["qemu-io", "-f", "raw", "-c", "write -P 0x5a 256M 64k", "-c", "flush", served]
+    write = ["qemu-io", "-f", "raw", "-c", "write -P 0x5a 32M 64k", "-c", "flush", served]
     subprocess.run(write, check=True, capture_output=True, timeout=60)
     server = status(volume)["server"]
     assert isinstance(server, dict)
     os.kill(server["pid"], signal.SIGKILL)
     again = run("serve", volume).out.strip()
-    read = ["qemu-io", "-f", "raw", "-c", "read -P 0x5a 256M 64k", again]
+    read = ["qemu-io", "-f", "raw", "-c", "read -P 0x5a 32M 64k", again]
     done = subprocess.run(read, check=True, capture_output=True, text=True, timeout=60)
     assert "verification failed" not in done.stdout
     run("detach", volume)
