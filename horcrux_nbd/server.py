@@ -23,6 +23,7 @@ from .names import check_name
 THREADS = 16
 START_LIMIT = 90.0  # seconds; the store may need its 60 s to say that it is away
 STOP_LIMIT = 60.0  # seconds for the last flush
+DYING = 2.0  # seconds for the sockets of a killed process to go
 
 SOCKET, CONTROL, LOG, RECORD = "nbd.sock", "control.sock", "nbdkit.log", "server.json"
 
@@ -88,7 +89,8 @@ def start(
     socket = (socket or folder / SOCKET).absolute()
     if len(os.fsencode(socket)) > 107:
         raise HorcruxError(f"{socket} is too long for a socket (107 bytes): choose a shorter path")
-    if listener(socket):
+    # One that was just killed may take a moment to let go of its socket.
+    if not wait_until(lambda: listener(socket) == 0, DYING):
         raise Busy(f"another server listens on {socket} already")
     for stale in (socket, folder / RECORD):
         with contextlib.suppress(FileNotFoundError):
