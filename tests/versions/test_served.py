@@ -416,6 +416,8 @@ class Database:
     def start(self) -> None:
         options = f"-k {self.sockets} -c listen_addresses= -c shared_buffers=16MB"
         log = self.sockets / "log"
+        # A version of a running database names its postmaster, whose zombie may still have the pid.
+        (self.folder / "postmaster.pid").unlink(missing_ok=True)
         run_as_postgres(
             POSTGRES / "pg_ctl", "-D", self.folder, "-o", options, "-l", log, "-w", "start"
         )
