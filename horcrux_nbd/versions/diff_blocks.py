@@ -53,6 +53,7 @@ class Side:
         self.name, self.commit, self.layers = name, commit, layers
         self._base = Base(repository, commit, cache, local)
         self._repository, self._cache, self._local = repository, cache, local
+        self.far = False  # whether a node took its time
         self.index = Index(commit.index, commit.levels, self._node)
         self._view: Overlay | Base = Overlay(layers, self._base) if layers else self._base
         self._resources = resources
@@ -66,6 +67,7 @@ class Side:
             began = time.monotonic()
             node = self._repository.read_object(oid, (Kind.NODE,))[1]
             if time.monotonic() - began > FAR:
+                self.far = True
                 self._cache.insert(oid, node, meta=True)
         return node
 
@@ -175,8 +177,9 @@ def differing(old: Side, new: Side, *, exact: bool = False) -> Iterator[Extent]:
     """
     chunk = _chunk_size(old, new)
     last: Extent | None = None
-    for number in _candidates(old, new):
-        for first, stop in _blocks(old, new, number, exact):
+    by_index = differing_chunks(old, new)
+    for number in sorted(by_index | _written_chunks(old) | _written_chunks(new)):
+        for first, stop in _blocks(old, new, number, exact, number in by_index):
             start = number * chunk + first * BLOCK_SIZE
             end = min(number * chunk + stop * BLOCK_SIZE, max(old.size, new.size))
             if last is not None and last.start + last.length == start:
@@ -239,7 +242,14 @@ def differing_chunks(old: Side, new: Side) -> set[int]:
 def _tables(
     pool: ThreadPoolExecutor, side: Side, level: int, ids: list[bytes]
 ) -> dict[bytes, bytes]:
-    return dict(zip(ids, pool.map(lambda oid: side.table(oid, level), ids), strict=True))
+    found = {}
+    pending = iter(ids)
+    for oid in pending:
+        found[oid] = side.table(oid, level)
+        if side.far:  # threads only cost where the store is near
+            break
+    rest = list(pending)
+    return found | dict(zip(rest, pool.map(lambda oid: side.table(oid, level), rest), strict=True))
 
 
 def _differing_slots(old: bytes, new: bytes) -> Iterator[tuple[int, bytes, bytes]]:
@@ -249,16 +259,14 @@ def _differing_slots(old: bytes, new: bytes) -> Iterator[tuple[int, bytes, bytes
             yield slot, old[at], new[at]
 
 
-def _candidates(old: Side, new: Side) -> Iterator[int]:
-    numbers = differing_chunks(old, new)
-    for side in (old, new):
-        numbers.update(
-            touched_chunks(side.layers, side.index, side.commit.chunk_size, side.commit.chunks)
-        )
-    yield from sorted(numbers)
+def _written_chunks(side: Side) -> set[int]:
+    commit = side.commit
+    return set(touched_chunks(side.layers, side.index, commit.chunk_size, commit.chunks))
 
 
-def _blocks(old: Side, new: Side, number: int, exact: bool) -> Iterator[tuple[int, int]]:
+def _blocks(
+    old: Side, new: Side, number: int, exact: bool, other_id: bool
+) -> Iterator[tuple[int, int]]:
     """[first, stop) of blocks of a chunk that differ."""
     count = old.commit.chunk_size // BLOCK_SIZE
     if exact:
@@ -268,7 +276,7 @@ def _blocks(old: Side, new: Side, number: int, exact: bool) -> Iterator[tuple[in
             for n in range(count)
             if a[n * BLOCK_SIZE : (n + 1) * BLOCK_SIZE] != b[n * BLOCK_SIZE : (n + 1) * BLOCK_SIZE]
         ]
-    elif _id(old, number) != _id(new, number):
+    elif other_id:
         yield 0, count
         return
     else:
@@ -282,7 +290,3 @@ def _blocks(old: Side, new: Side, number: int, exact: bool) -> Iterator[tuple[in
             at += 1
         yield blocks[begin], blocks[at] + 1
         at += 1
-
-
-def _id(side: Side, number: int) -> bytes:
-    return side.index.lookup(number) if number < side.commit.chunks else NULL_ID

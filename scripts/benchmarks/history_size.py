@@ -28,7 +28,7 @@ TITLE = "History"
 VERSIONS = 1000
 SIZE = 1 * TiB
 CHUNK = 512 * KiB
-ROUNDS = 5
+ROUNDS = 3
 OPERATIONS = ("get", "put", "put_exclusive", "stat", "list", "children", "delete")
 
 
