@@ -27,6 +27,8 @@ from collections.abc import Iterator
 PIECE = 64 << 10
 # What is "in the wire" at most for each direction of a connection; like a large TCP window.
 IN_FLIGHT = 16 << 20
+# Seconds of data that wait before a line that is full, as in a router: then the sender is held up.
+BACKLOG = 0.02
 
 
 class Network:
@@ -36,9 +38,10 @@ class Network:
         self.target = target
         self.port = 0
         self.delay = 0.0  # seconds each way
-        self.rate = 0.0  # bytes per second each way for each connection; 0: no limit
+        self.rate = 0.0  # bytes per second each way, for all connections together; 0: no limit
         self.accepted = 0  # connections so far
         self.to_server = self.to_client = 0  # bytes so far
+        self._free = {True: 0.0, False: 0.0}  # when each way of the line has carried all before
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,7 +140,8 @@ class Network:
         try:
             while True:
                 data = await reader.read(PIECE)
-                put = asyncio.ensure_future(queue.put((self._loop.time() + self.delay, data)))
+                due = await self._line(len(data), up=up) + self.delay
+                put = asyncio.ensure_future(queue.put((due, data)))
                 await asyncio.wait({put, delivering}, return_when=asyncio.FIRST_COMPLETED)
                 if delivering.done():
                     put.cancel()
@@ -148,6 +152,15 @@ class Network:
             await delivering
         finally:
             delivering.cancel()
+
+    async def _line(self, count: int, *, up: bool) -> float:
+        """When `count` bytes are through this way of the line, which all connections share."""
+        if not self.rate:
+            return self._loop.time()
+        while (wait := self._free[up] - self._loop.time() - BACKLOG) > 0:
+            await asyncio.sleep(wait)
+        self._free[up] = max(self._free[up], self._loop.time()) + count / self.rate
+        return self._free[up]
 
     async def _deliver(
         self, queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, *, up: bool
@@ -174,8 +187,6 @@ class Network:
                 self.to_server += len(data)
             else:
                 self.to_client += len(data)
-            if self.rate:
-                await asyncio.sleep(len(data) / self.rate)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
@@ -209,7 +220,7 @@ def main() -> None:
     parser.add_argument("target", type=int, help="port of the server, on 127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="to listen on (default: any)")
     parser.add_argument("--rtt", type=float, default=0, help="milliseconds of round trip")
-    parser.add_argument("--rate", type=float, default=0, help="MB/s each way of a connection")
+    parser.add_argument("--rate", type=float, default=0, help="MB/s each way, in all")
     arguments = parser.parse_args()
     network = Network(arguments.target)
     network.delay, network.rate = arguments.rtt / 2000, arguments.rate * 1e6
