@@ -7,6 +7,7 @@ round-trip time, and all connections together share the bandwidth.
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,9 +34,26 @@ LINES = (
 BY_NAME = {"lan": LINES[0], "metro": LINES[1], "region": LINES[2], "far": LINES[3]}
 
 
+class Far:
+    """A server as it is reached over a line."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.port = int(self._line())
+
+    def _line(self) -> bytes:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def fetched(self) -> int:
+        """Bytes that came from the server so far."""
+        self._process.send_signal(signal.SIGUSR1)
+        return int(self._line().split()[1])
+
+
 @contextlib.contextmanager
-def behind(line: Line, port: int) -> Iterator[int]:
-    """A port through which the server on loopback's `port` is reached over `line`."""
+def behind(line: Line, port: int) -> Iterator[Far]:
+    """The server on loopback's `port`, with `line` in front of it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.servers.proxy", str(port),
          "--rtt", str(line.rtt), "--rate", str(line.rate)],
@@ -43,7 +61,6 @@ def behind(line: Line, port: int) -> Iterator[int]:
         start_new_session=True,
     )  # fmt: skip
     try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
+        yield Far(process)
     finally:
         stop(process)

@@ -11,6 +11,8 @@ In a test:
 As a process of its own (for benchmarks, where a thread would share the GIL with what is measured):
 
     python -m tests.servers.proxy SERVER_PORT [--port N] [--rtt MS] [--rate MBYTES_PER_S]
+
+It prints its port, and at each SIGUSR1 how many bytes it has carried to the server and to clients.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import socket
 import struct
 import sys
@@ -226,6 +229,9 @@ def main() -> None:
     network.delay, network.rate = arguments.rtt / 2000, arguments.rate * 1e6
     loop = network._loop
     loop.run_until_complete(network.start(arguments.port))
+    loop.add_signal_handler(
+        signal.SIGUSR1, lambda: print(network.to_server, network.to_client, flush=True)
+    )
     print(network.port, flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         loop.run_forever()
