@@ -20,6 +20,7 @@ from typing import Any
 from .errors import Busy, Damaged, NoSpace
 
 TEMPORARY_PREFIX = ".tmp-"
+MAX_JSON = 16 << 20  # bytes; what is longer is none of ours
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -114,10 +115,13 @@ def publish_json(path: str | Path, value: Any, mode: int = 0o600) -> None:
 
 def read_json(path: str | Path) -> Any:
     """What `publish_json` wrote. Raises FileNotFoundError, or Damaged if it is no JSON."""
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(MAX_JSON + 1)
     try:
+        if len(data) > MAX_JSON:
+            raise ValueError(f"it is over {MAX_JSON >> 20} MiB")
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({error}): restore it from a backup") from error
 
 

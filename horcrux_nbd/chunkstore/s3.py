@@ -242,7 +242,9 @@ class S3Store(ChunkStore):
             raise
         try:
             # Raises for fewer bytes than the answer's head promised, and for a last chunk missing.
-            data: bytes = answer["Body"].read()
+            # Where less was asked for than comes, what is too much is not taken into memory.
+            body = answer["Body"]
+            data: bytes = body.read() if length is None else _read_most(body, offset + length)
         except (
             botocore.exceptions.BotoCoreError,
             urllib3.exceptions.HTTPError,
@@ -318,6 +320,17 @@ class S3Store(ChunkStore):
 
     def close(self) -> None:
         self._client.close()
+
+
+def _read_most(body: Any, most: int) -> bytes:
+    """Up to `most` bytes of an answer; the connection of a longer one is given up."""
+    parts: list[bytes] = []
+    while most > 0 and (part := body.read(min(most, 1 << 20))):
+        parts.append(part)
+        most -= len(part)
+    if most <= 0 and body.read(1):
+        body.close()
+    return b"".join(parts)
 
 
 def _code(error: StoreError) -> str:

@@ -230,7 +230,7 @@ class Collector:
         found: set[bytes] = set()
         for one in due:
             try:
-                data = self.store.get(one.key)
+                data = self.store.get(one.key, 0, len(MAGIC) + _HASH + MOST * ID_SIZE + 1)
             except KeyNotFound:
                 raise Busy(f"{self.store.url}: somebody else has done this removal") from None
             ids = data[len(MAGIC) + _HASH :]

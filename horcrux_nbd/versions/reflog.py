@@ -16,6 +16,7 @@ from ..repository.commits import now
 
 FILE = "reflog"
 KEPT = 1000  # lines; beyond twice as many the older ones go
+MOST = 8 << 20  # bytes that are read
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,29 @@ def append(folder: Path, action: str, before: str, after: str, message: str) -> 
         with open(path, "a", encoding="utf-8") as file:
             file.write(line)
         if path.stat().st_size > 2 * KEPT * 400:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if len(lines) > 2 * KEPT:
+            lines = _lines(path)
+            if len(lines) > 2 * KEPT or path.stat().st_size > MOST:
                 temporary = path.with_name(f".tmp-{FILE}")
-                temporary.write_text("".join(lines[-KEPT:]), encoding="utf-8")
+                temporary.write_text("".join(f"{one}\n" for one in lines[-KEPT:]), "utf-8")
                 os.rename(temporary, path)
+
+
+def _lines(path: Path) -> list[str]:
+    """The newest lines, as many as are ever kept."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MOST))
+        return file.read(MOST).decode("utf-8", "replace").splitlines()
 
 
 def read(folder: Path) -> list[Move]:
     """All moves, newest first."""
     try:
-        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _lines(folder / FILE)
     except FileNotFoundError:
         return []
     moves = []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             moves.append(Move(**json.loads(line)))
     return moves[::-1]

@@ -31,6 +31,8 @@ import xxhash
 
 from .. import files
 from ..errors import HorcruxError, NoSpace
+from ..repository.commits import MAX_CHUNK
+from ..repository.patch import max_patch_size
 from ..units import GiB
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ TRAILER = struct.Struct("<4sIQ16s")  # magic, 0, length of the content, XXH3-128
 TRAILER_MAGIC = b"HRCC"
 USAGE = struct.Struct("<Q16s")  # bytes in all, as counted since the boot with this id
 CHUNKS, META = "chunks", "meta"
+
+LARGEST = max_patch_size(MAX_CHUNK) + TRAILER.size  # bytes that a file can have
 
 MAX_DEFAULT = 50 * GiB
 DEFAULT_PART = 5  # of the file system's size: a fifth, if that is less
@@ -188,6 +192,8 @@ class Cache:
             return None
         try:
             stat = os.fstat(fd)
+            if stat.st_size > LARGEST:
+                raise ValueError("too long")
             data = files.read_exactly(fd, stat.st_size, 0)
             content = data[: -TRAILER.size] if len(data) >= TRAILER.size else b""
             if data[-TRAILER.size :] != _trailer(content, oid):

@@ -5,16 +5,22 @@ visible is synced, so at any moment a block is what the last complete batch says
 written later, never zeros or garbage. A torn batch at the end was never acknowledged and is cut
 off; one in the middle is damage and is refused. The layout is in docs/format.md, "Overlay map".
 
+A damaged or cut-off end looks like a torn one. So the file `flushed` beside the log notes how many
+batches were acknowledged: written after they were synced and never synced itself, so what it says,
+however old, is in the log, or the log was damaged.
+
 **Invariant:** at most one batch is on its way to the disk: the next is written when it is synced.
 So a bad batch with a good one behind it is damage, and never what a power cut leaves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,6 +40,13 @@ MAX_BATCH = 1 << 24  # bytes of payload; more is written as several batches
 # A log that has grown to this many times its compact form, and beyond this size, is rewritten.
 COMPACT_FACTOR = 4
 COMPACT_FROM = 1 << 20
+
+# Beyond so many times the compact form of a map in which everything was written, and this room for
+# what a full disk kept from being rewritten, it is no log: somebody made it longer.
+IMPLAUSIBLE_FACTOR, IMPLAUSIBLE_FROM = COMPACT_FACTOR + 2, 64 << 20
+
+FLUSHED = struct.Struct("<8sQ16sI")  # magic, batches that were acknowledged, layer id, CRC-32
+FLUSHED_MAGIC = b"HRCXFLS1"
 
 # Room that is taken ahead of the log, so that on a full disk what was written can still be flushed.
 RESERVE = 1 << 20
@@ -107,6 +120,7 @@ class MapLog:
         self._fd = -1
         self._end = self._reserved = 0
         self.sequence = 0
+        self._flushed = _Flushed(path.with_name("flushed"), layer_id)
 
     def _header(self) -> bytes:
         fields = (FILE_MAGIC, 1, 12, GROUP, self.layer_id, self.size)
@@ -123,11 +137,12 @@ class MapLog:
         A torn end is cut off.
         """
         if read_only:
-            with files.opened(self.path, os.O_RDONLY) as fd:
-                return self._read(fd)[0]
+            return self._open_beside_a_server()
         fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
             blocks, length = self._read(fd)
+            if self.sequence < self._flushed.read():
+                raise self._lost()
             if self._end < length:
                 os.ftruncate(fd, self._end)
                 os.fsync(fd)
@@ -138,8 +153,30 @@ class MapLog:
         self._reserve(1)
         return blocks
 
+    def _open_beside_a_server(self) -> BlockMap:
+        """Read it while somebody may append to it, or replace it."""
+        flushed = self._flushed.read()  # before the log, which only grows
+        while True:
+            with files.opened(self.path, os.O_RDONLY) as fd:
+                blocks = self._read(fd)[0]
+            if self.sequence >= flushed:
+                return blocks
+            before, flushed = flushed, self._flushed.read()
+            if flushed >= before:  # else it was replaced meanwhile
+                raise self._lost()
+
+    def _lost(self) -> Damaged:
+        return Damaged(
+            f"{self.path} is damaged at byte {self._end}: changes that were flushed are missing at "
+            "its end; restore the volume's folder from a backup, or remove the volume"
+        )
+
     def _read(self, fd: int) -> tuple[BlockMap, int]:
-        data = files.read_exactly(fd, os.fstat(fd).st_size, 0)
+        length = os.fstat(fd).st_size
+        groups = (self.size >> 12 + GROUP.bit_length() - 1) + 1
+        if length > IMPLAUSIBLE_FROM + IMPLAUSIBLE_FACTOR * groups * GROUP_ENTRY.size:
+            raise Damaged(f"{self.path} is damaged: {length} bytes are more than it can have")
+        data = files.read_exactly(fd, length, 0)
         if data[: FILE_HEADER.size] != self._header():
             raise Damaged(f"{self.path} is damaged or belongs to another overlay (its header)")
         blocks, self._end = self._replay(data)
@@ -223,6 +260,7 @@ class MapLog:
             os.fdatasync(self._fd)
             self._end += len(data)
             self.sequence = sequence
+        self._flushed.write(self.sequence)
 
     def wants_compaction(self, entries: int) -> bool:
         """Whether the log is much longer than a map of `entries` entries needs."""
@@ -235,17 +273,66 @@ class MapLog:
         """
         batches = list(_batches(everything, 0, self._seed))
         data = b"".join([self._header(), *(batch for _, batch in batches)])
+        self._flushed.clear()  # durably, before there is a log that counts from one
         files.publish(self.path, data, mode=0o600)
         fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        self.close()
+        os.close(self._fd)
         self._fd, self._end, self.sequence = fd, len(data), batches[-1][0]
         self._reserved = self._end
         self._reserve(1)
+        self._flushed.write(self.sequence)
 
     @property
     def end(self) -> int:
         """Length of the log, bytes."""
         return self._end
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._flushed.close()
+
+
+class _Flushed:
+    """How many batches of a log were acknowledged. Help against damage only: what cannot be noted
+    is not.
+    """
+
+    def __init__(self, path: Path, layer_id: bytes) -> None:
+        self._path, self._id = path, layer_id
+        self._fd = -1
+
+    def read(self) -> int:
+        """What was noted; 0 where nothing was, or it cannot be told."""
+        try:
+            with files.opened(self._path, os.O_RDONLY) as fd:
+                data = os.pread(fd, FLUSHED.size, 0)
+        except OSError:
+            return 0
+        if len(data) != FLUSHED.size:
+            return 0
+        magic, sequence, layer_id, checksum = FLUSHED.unpack(data)
+        good = (magic, layer_id, checksum) == (FLUSHED_MAGIC, self._id, zlib.crc32(data[:-4]))
+        return int(sequence) if good else 0
+
+    def write(self, sequence: int) -> None:
+        """Note that `sequence` batches are durable. 3 µs: it is not synced."""
+        data = FLUSHED.pack(FLUSHED_MAGIC, sequence, self._id, 0)[:-4]
+        with contextlib.suppress(OSError):
+            self._open()
+            os.pwrite(self._fd, data + struct.pack("<I", zlib.crc32(data)), 0)
+
+    def clear(self) -> None:
+        """Note that nothing is known, durably. Raises OSError."""
+        if self.read():
+            self._open()
+            os.pwrite(self._fd, bytes(FLUSHED.size), 0)
+            os.fdatasync(self._fd)
+
+    def _open(self) -> None:
+        if self._fd < 0:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -65,7 +65,8 @@ class Recent:
     def load(self) -> list[Mark]:
         """The marks that the last process noted, oldest first; none where they do not count."""
         try:
-            data = self.path.read_bytes()
+            with open(self.path, "rb") as file:
+                data = file.read(2 * HALF)
         except FileNotFoundError:
             return []
         halves: list[tuple[int, list[Mark]]] = []

@@ -6,6 +6,7 @@ a bare nbdkit command line is one as well.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from .. import files
 from ..chunkstore import open_store, parse_store_url
@@ -136,7 +139,8 @@ class VolumeState:
 
     def save(self, folder: Path) -> None:
         """Replace volume.json, durably."""
-        files.publish_json(folder / STATE, asdict(self))
+        value = asdict(self)
+        files.publish_json(folder / STATE, {**value, "check": _check(value)})
 
     @classmethod
     def load(cls, folder: Path) -> VolumeState:
@@ -151,8 +155,12 @@ class VolumeState:
     def decode(cls, value: Mapping[str, Any], folder: Path) -> VolumeState:
         """The state in `value`. Raises Damaged, EnvironmentProblem for a newer one."""
         try:
+            value = dict(value)
+            check = value.pop("check", None)  # early releases wrote none
             if value["version"] > 1:
                 raise EnvironmentProblem(f"{folder} was made by a newer release: upgrade this one")
+            if check is not None and check != _check(value):
+                raise ValueError("its check does not match")
             layers = _layers(value["layers"])
             pending = value.get("pending")
             seen = value.get("seen")
@@ -185,6 +193,14 @@ class VolumeState:
                 f"{folder / STATE} is damaged ({error!r}): restore it from a backup"
             ) from None
         return state
+
+
+def _check(value: Mapping[str, Any]) -> str:
+    """Found out by it: one digit that is another names other layers, and those in use would be
+    swept away.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return blake3(text.encode()).hexdigest()[:32]
 
 
 def _layers(values: Iterable[Mapping[str, Any]]) -> tuple[LayerName, ...]:

@@ -83,7 +83,6 @@ class Volume:
             state = VolumeState.load(folder)  # again: it may have changed before we had the lock
             read_only = read_only or state.read_only
             commit = states.base_commit(folder, state)
-            states.sweep_layers(folder, state)
             for layer_name in state.layers:
                 layer = Layer(
                     states.layer_folder(folder, layer_name),
@@ -92,6 +91,8 @@ class Volume:
                 )
                 frozen = bool(layers) or read_only
                 layers.append(layer.open(read_only=frozen))
+            # Only now: of a state that fits what is there, it can be said what does not belong.
+            states.sweep_layers(folder, state)
             cache_ = _open_cache(cache, cache_size, resources)
             local = LocalObjects(folder, cache_, state.chunk_size)
             resources.append(Closable(local.close))

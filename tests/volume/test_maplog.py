@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
+import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -44,6 +47,13 @@ def grown(path: Path, flushes: int = 6, seed: int = 1) -> list[tuple[int, BlockM
     return history
 
 
+def acknowledged(path: Path, batches: int) -> None:
+    """Let the note beside a log say so: after a power cut it may be of any earlier time."""
+    note = maplog._Flushed(path.with_name("flushed"), LAYER)
+    note.write(batches)
+    note.close()
+
+
 def same(a: BlockMap, b: BlockMap) -> bool:
     return list(a.runs(0, 10_000)) == list(b.runs(0, 10_000))
 
@@ -76,6 +86,7 @@ def test_a_torn_end_is_cut_off_at_every_length(tmp_path: Path) -> None:
     ends = [maplog.FILE_HEADER.size] + [end for end, _ in history]
     for length in {*range(ends[-2], ends[-1], 7), ends[-1] - 1}:
         torn = tmp_path / "torn"
+        acknowledged(torn, 2)
         torn.write_bytes(whole[:length])
         assert same(reopened(torn), history[-2][1])
         assert torn.stat().st_size == ends[-2]
@@ -109,6 +120,90 @@ def test_any_damage_before_the_last_batch_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Damaged, match=str(path)):
             reopened(path)
         assert path.read_bytes() == damaged, "a refused log is left as it is"
+
+
+def test_damage_of_what_was_acknowledged_last_is_no_torn_end(tmp_path: Path) -> None:
+    history = grown(tmp_path / "map", 3)
+    path, before, end = tmp_path / "map", history[-2][0], history[-1][0]
+    whole = path.read_bytes()
+    chance = random.Random(3)
+    bits = (whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :] for at in range(before, end, 5))
+    cuts = (whole[:at] for at in chance.sample(range(maplog.FILE_HEADER.size, end), 50))
+    zeros = (whole[:at] + bytes(end - at) for at in chance.sample(range(before, end), 50))
+    for damaged in itertools.chain(bits, cuts, zeros):
+        path.write_bytes(damaged)
+        for read_only in (False, True):
+            with pytest.raises(Damaged, match=str(path)):
+                reopened(path, read_only)
+            assert path.read_bytes() == damaged, "a refused log is left as it is"
+
+
+@pytest.mark.parametrize("note", [b"", b"x", bytes(36), b"HRCXFLS1" + b"\xff" * 28, b"z" * 5000])
+def test_a_note_that_cannot_be_read_says_nothing(tmp_path: Path, note: bytes) -> None:
+    history = grown(tmp_path / "map", 3)
+    (tmp_path / "flushed").write_bytes(note)
+    assert same(reopened(tmp_path / "map"), history[-1][1])
+
+
+def test_a_log_that_was_just_replaced_has_no_older_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts its batches from one again: a power cut must find the note gone before it."""
+    path = tmp_path / "map"
+    log, blocks = new_log(path)
+    for number in range(20):
+        blocks.mark(number, 1, DATA)
+        log.append(blocks.take_dirty())
+    real = maplog.files.publish
+
+    def publish(*args: object, **kw: object) -> None:
+        assert maplog._Flushed(tmp_path / "flushed", LAYER).read() == 0
+        synced.assert_called()
+        real(*args, **kw)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        synced = Mock(wraps=maplog.os.fdatasync)
+        patched.setattr(maplog.os, "fdatasync", synced)
+        patched.setattr(maplog.files, "publish", publish)
+        log.compact(blocks.everything())
+    assert maplog._Flushed(tmp_path / "flushed", LAYER).read() == 1
+    log.close()
+    assert same(reopened(path), blocks)
+
+
+def test_who_looks_while_a_server_writes_sees_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "map"
+    log, blocks = new_log(path)
+    done = threading.Event()
+    seen: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not done.is_set():
+                reopened(path, read_only=True)
+        except BaseException as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for number in range(600):
+        blocks.mark(number * 7, 3, DATA)
+        log.append(blocks.take_dirty())
+        if number % 20 == 19:
+            log.compact(blocks.everything())
+    done.set()
+    thread.join(30)
+    log.close()
+    assert not seen
+
+
+def test_a_log_that_is_longer_than_can_be_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "map"
+    log = MapLog(path, LAYER, 1 << 20)
+    log.create()
+    os.truncate(path, 10 << 30)
+    with pytest.raises(Damaged, match="more than it can have"):
+        log.open()
 
 
 def test_a_batch_that_is_missing_is_refused(tmp_path: Path) -> None:
@@ -155,6 +250,7 @@ def test_large_changes_are_batches_one_synced_before_the_next(
     assert again.count() == blocks.count()
     # Whatever a cut leaves of the batches is a map that was true at some moment.
     whole = (tmp_path / "map").read_bytes()
+    acknowledged(tmp_path / "map", 0)
     for length in random.Random(1).sample(range(48, len(whole)), 50):
         (tmp_path / "cut").write_bytes(whole[:length])
         data, _ = reopened(tmp_path / "cut").count()
