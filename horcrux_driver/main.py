@@ -1,37 +1,150 @@
-"""`horcrux-dv`: says that the Docker volume driver is not part of this release."""
+"""`horcrux-dv`: the Docker volume driver."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
-from horcrux_nbd import __version__
+import click
 
-HELP = f"""\
-Usage: horcrux-dv [--version] [--help]
+from horcrux_nbd import __version__, config, files, paths
+from horcrux_nbd.errors import EnvironmentProblem, HorcruxError
 
-The Docker volume driver of Horcrux NBD comes with a later release. This one ({__version__}) has the
-repository, the block device and the command line. Until then, mount a volume on the host and give
-the folder to the container:
+PROGRAM = "horcrux-dv"
+SOCKET = "/run/docker/plugins/horcrux.sock"
+EVERY = 30.0  # seconds between two looks at what is really there
+GRACE = 60.0  # seconds after a mount in which its container may not run yet
+TAKE_OVER = 15.0  # seconds that the driver before this one has to end
 
-    horcrux-cli create amcc cp:///opt/horcrux-amcc AMCC
-    horcrux-cli mount amcc /mnt/amcc
-    docker run -v /mnt/amcc:/var/lib/postgresql/data …
-"""
+
+@click.command(PROGRAM, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--socket",
+    default=SOCKET,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Listen there. Its name is the driver's: horcrux.sock is `-d horcrux`.",
+)
+@click.option(
+    "--docker-host",
+    metavar="URL",
+    help="Ask this Docker which containers run. Default: $DOCKER_HOST, or its usual socket.",
+)
+@click.option("--log-level", default="info", show_default=True, help="debug, info or warning.")
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def command(socket: Path, docker_host: str | None, log_level: str) -> None:
+    """The Docker volume driver of Horcrux: serves until it is told to end.
+
+    Servers and mounts of volumes go on without it; the next one takes them over.
+
+    \b
+    horcrux-dv &
+    docker volume create -d horcrux -o name=AMCC -o access=scp://me@nas:/srv/images v1
+    docker run -v v1:/data …
+    """
+    for package in ("aiohttp", "docker"):
+        if importlib.util.find_spec(package) is None:
+            raise EnvironmentProblem(
+                f"the Python package {package} is missing: pip install 'horcrux-nbd[driver]'"
+            )
+    if os.geteuid() != 0:
+        raise EnvironmentProblem("horcrux-dv attaches and mounts volumes, which needs root")
+    _set_up_log(log_level)
+    config.load()  # what is wrong with it is told now
+    files.make_folder(paths.run(), 0o700)
+    lock = files.FileLock(paths.run() / "driver.lock", PROGRAM)
+    lock.acquire(TAKE_OVER)
+    try:
+        asyncio.run(_serve(socket, docker_host))
+    finally:
+        lock.release()
+
+
+async def _serve(path: Path, docker_host: str | None) -> None:
+    from aiohttp import web
+
+    from . import listen
+    from .driver import Driver
+    from .engine import Engine
+    from .protocol import SHUTDOWN_LIMIT, Protocol
+
+    log = logging.getLogger(PROGRAM)
+    driver = Driver(Engine(docker_host))
+    due, ended = threading.Event(), threading.Event()
+    protocol = Protocol(driver, activated=due.set)
+    looking = threading.Thread(target=_look, args=(driver, due, ended), daemon=True)
+    runner = web.AppRunner(
+        protocol.application(),
+        handler_cancellation=True,  # a client that hung up
+        shutdown_timeout=SHUTDOWN_LIMIT,
+        access_log=None,
+    )
+    await runner.setup()
+    sockets = listen.inherited()
+    ours = not sockets
+    sockets = sockets or [listen.unix(path)]
+    for one in sockets:
+        await web.SockSite(runner, one).start()
+    looking.start()
+    log.info("%s %s listens on %s", PROGRAM, __version__, path)
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await told.wait()
+    log.info("ending; volumes stay as they are")
+    if ours:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    await runner.cleanup()
+    ended.set()
+    due.set()
+    await protocol.close()
+
+
+def _look(driver: object, due: threading.Event, ended: threading.Event) -> None:
+    """Compare what is there with what Docker wants: now, every while, and when Docker is new."""
+    from .driver import Driver
+
+    assert isinstance(driver, Driver)
+    while not ended.is_set():
+        due.clear()
+        try:
+            driver.reconcile(GRACE)
+        except Exception:  # the next one may do better
+            logging.getLogger(PROGRAM).exception("looking at the volumes")
+        due.wait(EVERY)
+
+
+def _set_up_log(level: str) -> None:
+    if level not in ("debug", "info", "warning"):
+        raise click.UsageError(f"--log-level {level}: say debug, info or warning")
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format=f"{PROGRAM}: %(levelname)s: %(message)s"
+    )
+    for library in ("boto3", "botocore", "urllib3", "paramiko", "docker", "asyncio"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 for --version and --help, 9 (this program lacks something) else."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
-        return 0
-    if "--version" in arguments:
-        print(f"horcrux-dv {__version__}")
-        return 0
-    print(
-        "horcrux-dv: the Docker volume driver comes with a later release: use `horcrux-cli mount` "
-        "and `docker run -v` until then",
-        file=sys.stderr,
-    )
-    return 9
+    """Run it; the exit code (errors.py)."""
+    try:
+        command.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (HorcruxError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -10,6 +10,9 @@
     [attach]
     via = "nbd"
 
+    [docker]
+    access = "team"
+
 TOML, at `paths.config_file()`. Strict: an unknown key is an error that names the known ones. It
 holds no secret, and URLs cannot (chunkstore/url.py refuses them), so it may be shown and copied.
 """
@@ -37,6 +40,18 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "remotes": (),  # names of the user's own, each with the keys of REMOTE
     "cache": ("size",),
     "attach": ("via",),
+    # Options of `docker volume create` where it says nothing; horcrux_driver/options.py reads them.
+    "docker": (
+        "access",
+        "name",
+        "ref",
+        "size",
+        "fs",
+        "readonly",
+        "on-remove",
+        "cache",
+        "prefetch",
+    ),
 }
 REMOTE = ("url", "mirrors")
 WAYS = ("nbd", "ublk", "fuse")  # attach.choose.DRIVERS; a test compares them
@@ -54,6 +69,7 @@ class Config:
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → URLs of copies
     cache_size: int | None = None  # bytes
     attach_via: str | None = None
+    docker: Mapping[str, str] = field(default_factory=dict)  # option → value, not parsed
 
     def mirrors_of(self, url: str) -> tuple[str, ...]:
         """Other places that hold the repository at `url`, as the remotes with that URL say."""
@@ -101,7 +117,7 @@ def parse(text: str, file: Path) -> Config:
         raise UsageError(f"{file} is no TOML: {error}") from None
     _check_keys(value, tuple(KNOWN), file, "")
     tables = {name: _table(value, name, file) for name in KNOWN}
-    for name in ("cache", "attach"):
+    for name in ("cache", "attach", "docker"):
         _check_keys(tables[name], KNOWN[name], file, f"{name}.")
     return Config(
         file=file,
@@ -110,6 +126,7 @@ def parse(text: str, file: Path) -> Config:
         mirrors=_mirrors(tables["remotes"], file),
         cache_size=_cache_size(tables["cache"], file),
         attach_via=_via(tables["attach"], file),
+        docker=_docker(tables["docker"], file),
     )
 
 
@@ -177,6 +194,17 @@ def _via(table: Mapping[str, Any], file: Path) -> str | None:
     if via is not None and via not in WAYS:
         raise UsageError(f"{file}: attach.via {via!r} is unknown: use one of {', '.join(WAYS)}")
     return via
+
+
+def _docker(table: Mapping[str, Any], file: Path) -> dict[str, str]:
+    found = {}
+    for key, value in table.items():
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if not isinstance(value, str | int):
+            raise UsageError(f'{file}: docker.{key} {value!r} is no value: write {key} = "…"')
+        found[key] = str(value)
+    return found
 
 
 # ---- changes ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config, control, files, paths, server
+from .attach import busy
 from .attach import device as devices
 from .attach.base import Attachment
 from .attach.mount import mount as mount_device
@@ -64,7 +65,12 @@ def names() -> list[str]:
         found = os.listdir(paths.volumes())
     except FileNotFoundError:
         return []
-    return sorted(n for n in found if is_name(n) and (folder_of(n) / states.STATE).exists())
+    return sorted(n for n in found if is_name(n) and exists(n))
+
+
+def exists(name: str) -> bool:
+    """Whether this host has a volume `name`."""
+    return (folder_of(name) / states.STATE).exists()
 
 
 def load(name: str) -> VolumeState:
@@ -109,6 +115,23 @@ def mounts(name: str) -> list[Mount]:
     return [] if attachment is None else mounts_of(attachment.device)
 
 
+def problem(name: str) -> str:
+    """What keeps an attached volume from working, in one line; empty if nothing does."""
+    attachment = Attachment.load(_attach_state(name))
+    if attachment is None:
+        return ""
+    found = devices.status(attachment)
+    return "" if found.alive else found.problem
+
+
+def users(name: str) -> list[busy.User]:
+    """Processes that use a volume's device or see it mounted in a mount namespace of their own,
+    such as those of containers. Raises TimedOut.
+    """
+    attachment = Attachment.load(_attach_state(name))
+    return [] if attachment is None else busy.processes_with(attachment.device)
+
+
 def _attach_state(name: str) -> Path:
     return server.folder_of(name) / "attach"
 
@@ -122,7 +145,7 @@ def create(name: str, url: str, version: Version, *, read_only: bool = False) ->
     Raises UsageError if it exists already, NotFound, StoreError.
     """
     folder = folder_of(name)
-    if (folder / states.STATE).exists():
+    if exists(name):
         raise UsageError(f"volume {name!r} exists already: choose another name, or remove it first")
     mirrors = config.load().mirrors_of(url)
     with open_mirrored(url, mirrors) as store:
@@ -150,9 +173,13 @@ def _check_mirrors(repository: Repository, url: str, mirrors: Sequence[str]) -> 
             )
 
 
-def remove(name: str, *, force: bool = False) -> None:
+def remove(
+    name: str, *, force: bool = False, changed: Callable[[str], bool] = lambda _: True
+) -> None:
     """Remove a volume. Raises Busy while it is in use; refuses to lose changes, or versions that
     were never pushed, unless `force`.
+
+    `changed` is asked whether a volume that was written to holds changes that are worth something.
     """
     load(name)
     versions = files.FileLock(folder_of(name) / VERSIONS_LOCK, f"volume {name}")
@@ -174,7 +201,7 @@ def remove(name: str, *, force: bool = False) -> None:
                 f"`horcrux-cli rm --force {name}` drops them"
             )
         lost = found.survey.written + found.survey.zeroed
-        if lost and not force:
+        if lost and not force and changed(name):
             raise Busy(
                 f"volume {name} holds {format_size(lost)} of changes that exist nowhere else: "
                 f"`horcrux-cli rm --force {name}` drops them"

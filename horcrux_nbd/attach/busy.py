@@ -69,6 +69,28 @@ def users_of_device(device: str, timeout: float = OPEN_TIMEOUT) -> list[User]:
         number = device_number(device)
     except FileNotFoundError:
         return []
+    users = _mounting(number) + _opening(device)
+    with contextlib.suppress(FileNotFoundError):
+        for holder in os.listdir(f"/sys/dev/block/{number}/holders"):
+            users.append(User(0, "kernel", f"/dev/{holder} is built on it"))
+    if not users and _claimed(device, timeout):
+        users.append(User(0, "kernel", "somebody who cannot be told holds it exclusively"))
+    return users
+
+
+def processes_with(device: str) -> list[User]:
+    """Processes that hold `device` open, or whose own mount namespace has it mounted.
+
+    What our namespace has mounted is not in it, nor is who uses files there.
+    """
+    try:
+        number = device_number(device)
+    except FileNotFoundError:
+        return []
+    return [user for user in _mounting(number) + _opening(device) if user.pid]
+
+
+def _mounting(number: str) -> list[User]:
     users: list[User] = []
     seen: set[str] = set()
     for pid in _pids():
@@ -77,17 +99,15 @@ def users_of_device(device: str, timeout: float = OPEN_TIMEOUT) -> list[User]:
             if namespace not in seen:
                 seen.add(namespace)
                 users += _mounts_in(pid, namespace, number)
-    for pid in _pids():
-        for descriptor in _links(pid, "fd"):
-            if descriptor[1] == device:
-                users.append(_user(pid, "has the device open"))
-                break
-    with contextlib.suppress(FileNotFoundError):
-        for holder in os.listdir(f"/sys/dev/block/{number}/holders"):
-            users.append(User(0, "kernel", f"/dev/{holder} is built on it"))
-    if not users and _claimed(device, timeout):
-        users.append(User(0, "kernel", "somebody who cannot be told holds it exclusively"))
     return users
+
+
+def _opening(device: str) -> list[User]:
+    return [
+        _user(pid, "has the device open")
+        for pid in _pids()
+        if any(path == device for _, path in _links(pid, "fd"))
+    ]
 
 
 def _mounts_in(pid: int, namespace: str, number: str) -> list[User]:

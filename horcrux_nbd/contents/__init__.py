@@ -5,15 +5,17 @@ Takes no lock and changes nothing: a volume may be served, mounted and written m
 
 from __future__ import annotations
 
-from .content import Content, open_volume
+from .content import Content, open_base, open_volume
 from .differences import Differences
-from .steady import changed_files, files_of, reading, steadily
+from .steady import changed_files, files_of, holds_changes, reading, steadily
 
 __all__ = [
     "Content",
     "Differences",
     "changed_files",
     "files_of",
+    "holds_changes",
+    "open_base",
     "open_volume",
     "reading",
     "steadily",

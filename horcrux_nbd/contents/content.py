@@ -141,3 +141,12 @@ def open_volume(name: str, limit: float = STORE_LIMIT) -> Content:
         content.refresh()
         stack.pop_all()
     return content
+
+
+def open_base(name: str, limit: float = STORE_LIMIT) -> Content:
+    """The version that a volume lies on, as `open_volume` opens the volume itself."""
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(Session(name, limit, lock=False))
+        commit = states.base_commit(session.folder, session.state)
+        remote, cache, local = session.remote, session.cache, session.local
+        return Content(f"{name}@HEAD", commit, remote, cache, local, stack.pop_all())

@@ -9,6 +9,7 @@ store is on this host, so writers wait for milliseconds and never for a network.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -16,8 +17,10 @@ from typing import TypeVar
 from ..attach.freeze import Freezer, write_out
 from ..errors import Busy, Damaged, HorcruxError, NotFound
 from ..filesystem import Change, Reader, compare, open_filesystem
-from .content import SETTLED, Content
+from .content import SETTLED, Content, open_base, open_volume
 from .differences import Differences
+
+log = logging.getLogger(__name__)
 
 _TRIES = 3  # of a volume that is written by a VM, which nobody here can freeze
 
@@ -42,6 +45,21 @@ def changed_files(old: Content, new: Content) -> list[Change]:
         return compare(files_of(old), files_of(new), differences)
 
     return steadily([old, new], look)
+
+
+def holds_changes(name: str, limit: float) -> bool:
+    """Whether the files of a volume are others than those of the version that it lies on.
+
+    A volume that was only mounted has been written to, but holds no changes. Where that cannot be
+    told (another file system than ext2 to ext4, or a store that is away for `limit` seconds) the
+    answer is yes.
+    """
+    try:
+        with open_base(name, limit) as old, open_volume(name, limit) as new:
+            return bool(changed_files(old, new))
+    except HorcruxError as error:
+        log.info("volume %s may hold changes: %s", name, error)
+        return True
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import pytest
 from horcrux_nbd import serving
 from horcrux_nbd.attach.sockets import listener
 
-from .process import _end_with_parent
+from .process import end_with_parent
 
 PLUGIN = Path(serving.__file__).with_name("plugin.py")
 MISSING = "needs nbdkit and libnbd: apt-get install nbdkit nbdkit-plugin-python python3-libnbd"
@@ -95,7 +95,7 @@ class Nbdkit:
                 stdout=log,
                 stderr=log,
                 env=self._env,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 - started from one thread
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - started from one thread
             )
         end = time.monotonic() + limit
         while True:

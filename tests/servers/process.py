@@ -24,7 +24,7 @@ def free_port() -> int:
         return port
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     # A test run that is killed must leave no server behind.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -68,7 +68,7 @@ def server(
             stderr=output,
             env=None if env is None else {**os.environ, **env},
             start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 - the tests start it from one thread
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - the tests start it from one thread
         )
     try:
         try:

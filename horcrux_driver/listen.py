@@ -1,0 +1,60 @@
+"""Where the driver listens: a Unix socket, one that systemd hands over, or TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from pathlib import Path
+
+from horcrux_nbd import files
+from horcrux_nbd.errors import Busy, UsageError
+
+FIRST_INHERITED = 3  # sd_listen_fds(3)
+BACKLOG = 128
+
+
+def inherited() -> list[socket.socket]:
+    """The sockets that systemd passes on (sd_listen_fds(3)); none where it does not."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):  # not for nbdkit
+        os.environ.pop(name, None)
+    found = []
+    for number in range(FIRST_INHERITED, FIRST_INHERITED + count):
+        os.set_inheritable(number, False)
+        found.append(socket.socket(fileno=number))
+    return found
+
+
+def unix(path: Path) -> socket.socket:
+    """A new socket at `path`, for root alone. Raises Busy where somebody listens there."""
+    if len(os.fsencode(path)) > 107:
+        raise UsageError(f"--socket {path} is too long for a socket (107 bytes)")
+    files.make_folder(path.parent)
+    if path.exists():
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise UsageError(f"--socket {path} is there already, and no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                pass
+            else:
+                raise Busy(f"another program listens on {path} already: stop that first")
+    # Docker looks into the folder at any time: it must not find a socket that nobody serves, so it
+    # is bound elsewhere, and renamed when it listens.
+    temporary = path.with_name(f"{files.TEMPORARY_PREFIX}{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old = os.umask(0o177)
+    try:
+        found.bind(str(temporary))
+    finally:
+        os.umask(old)
+    found.listen(BACKLOG)
+    os.rename(temporary, path)
+    return found

@@ -1,0 +1,105 @@
+"""One dockerd for a whole run; a driver, a repository and a host for each test."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from horcrux_nbd import host, paths
+from horcrux_nbd.attach.mountinfo import mounts
+from tests.attach.conftest import needs_fuse
+from tests.cli.support import run
+from tests.servers.dockerd import MISSING, Dockerd, available, dockerd
+
+from .support import DriverProcess
+from .support import driver as running_driver
+
+pytestmark = needs_fuse
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the image AMCC, of 64 MiB: a file, and a folder of somebody's own."""
+    folder = tmp_path_factory.mktemp("images")
+    source = folder / "source"
+    (source / "private").mkdir(parents=True)
+    (source / "hello").write_text("hello\n")
+    (source / "private").chmod(0o700)
+    shutil.chown(source / "private", 70, 71)
+    source.chmod(0o750)
+    shutil.chown(source, 70, 70)
+    run("generate", "-q", "--size", "64M", "AMCC", source, folder / "repository")
+    return folder / "repository"
+
+
+@pytest.fixture
+def repository(images: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may take away."""
+    shutil.copytree(images, tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def configured(repository: Path) -> Path:
+    """The configuration: the repository is the remote `team`, and AMCC what a volume is of."""
+    file = paths.config_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        f'[remotes.team]\nurl = "cp://{repository}"\n[docker]\naccess = "team"\nname = "AMCC"\n'
+    )
+    return file
+
+
+@pytest.fixture(scope="session")
+def the_dockerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dockerd]:
+    if not available():
+        pytest.skip(MISSING)
+    # Short: containerd's sockets lie deep below it, and have 107 bytes.
+    folder = tmp_path_factory.getbasetemp() / "d"
+    folder.mkdir()
+    with dockerd(folder) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def docker(the_dockerd: Dockerd, configured: Path, tmp_path: Path) -> Iterator[Dockerd]:
+    """The dockerd, without containers before and after."""
+    yield the_dockerd
+    if found := the_dockerd("ps", "-aq").split():
+        the_dockerd("rm", "-f", *found)
+
+
+@pytest.fixture
+def dv(docker: Dockerd, tmp_path: Path) -> Iterator[DriverProcess]:
+    """A driver that Docker knows; in the end its volumes are gone, and all that they took."""
+    with running_driver(tmp_path, docker.host) as process:
+        yield process
+        for container in docker("ps", "-aq").split():
+            docker("rm", "-f", container)
+        for volume in docker("volume", "ls", "-qf", f"driver={process.name}").split():
+            docker.run("volume", "rm", volume)
+    clean_host()
+
+
+@pytest.fixture
+def alone(configured: Path, tmp_path: Path) -> Iterator[DriverProcess]:
+    """A driver without any Docker, for what the protocol itself says."""
+    with running_driver(tmp_path) as process:
+        yield process
+    clean_host()
+
+
+def clean_host() -> None:
+    """Take every volume of this test's host down."""
+    for name in host.names():
+        if host.status(name).attachment is not None or host.status(name).server is not None:
+            host.detach(name, force=True)
+        host.remove(name, force=True)
+    left = [m.target for m in mounts() if m.target.startswith(str(paths.root()))]
+    for target in left:
+        subprocess.run(["umount", "--lazy", target], check=False)
+    assert not left, left

@@ -1,0 +1,147 @@
+"""horcrux-dv as a process, and what Docker asks of it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.servers.process import end_with_parent
+
+PROGRAM = Path(sys.executable).with_name("horcrux-dv")
+PLUGINS = Path("/run/docker/plugins")
+LIMIT = 60.0  # seconds for anything that a test waits for
+
+
+def wait_for(done: Callable[[], object], what: str, limit: float = LIMIT) -> None:
+    deadline = time.monotonic() + limit
+    while not done():
+        assert time.monotonic() < deadline, f"{what} did not come within {limit} s"
+        time.sleep(0.02)
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float = LIMIT) -> None:
+        super().__init__("plugin", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class DriverProcess:
+    """A horcrux-dv of this test's host. `name` is what Docker calls it."""
+
+    def __init__(
+        self, folder: Path, docker_host: str = "unix:///nonexistent", name: str = ""
+    ) -> None:
+        self.name = name or f"horcrux-{secrets.token_hex(4)}"
+        self.socket = PLUGINS / f"{self.name}.sock"
+        self.log = folder / f"{self.name}.log"
+        self.words = ["--log-level", "debug", "--docker-host", docker_host]
+        self.env: dict[str, str] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Returns when it listens."""
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [PROGRAM, "--socket", self.socket, *self.words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **self.env},
+                start_new_session=True,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - the tests start it from one thread
+            )
+
+        def listens() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(self.socket))
+                return True
+            return False
+
+        wait_for(listens, "the driver")
+
+    def stop(self) -> int:
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int) -> int:
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        code = self._process.wait(LIMIT)
+        self._process = None
+        return code
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    # ---- as Docker asks
+
+    def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        connection = UnixConnection(self.socket)
+        try:
+            connection.request("POST", path, body, dict(headers or {}))
+            response = connection.getresponse()
+            return response, response.read()
+        finally:
+            connection.close()
+
+    def ask(self, command: str, **members: Any) -> dict[str, Any]:
+        """The answer to a command of the protocol; what it says as `Err` is an AssertionError."""
+        answer = self.try_to(command, **members)
+        assert not answer.get("Err"), answer["Err"]
+        return answer
+
+    def try_to(self, command: str, **members: Any) -> dict[str, Any]:
+        _, data = self.post(
+            f"/VolumeDriver.{command}" if "." not in command else f"/{command}",
+            json.dumps(members).encode(),
+        )
+        return dict(json.loads(data))
+
+    def error(self, command: str, **members: Any) -> str:
+        """The one line that a command is refused with."""
+        answer = self.try_to(command, **members)
+        assert answer.get("Err"), f"{command} {members} worked: {answer}"
+        assert "\n" not in answer["Err"]
+        assert "Traceback" not in answer["Err"]
+        return str(answer["Err"])
+
+
+@contextlib.contextmanager
+def driver(folder: Path, docker_host: str = "unix:///nonexistent") -> Iterator[DriverProcess]:
+    """A running driver; its socket is gone at the end, its volumes are the caller's."""
+    process = DriverProcess(folder, docker_host)
+    try:
+        process.start()
+        yield process
+    finally:
+        process.stop()
+        process.socket.unlink(missing_ok=True)
