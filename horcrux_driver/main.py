@@ -77,6 +77,9 @@ async def _serve(path: Path, docker_host: str | None) -> None:
     from .protocol import SHUTDOWN_LIMIT, Protocol
 
     log = logging.getLogger(PROGRAM)
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
     driver = Driver(Engine(docker_host))
     due, ended = threading.Event(), threading.Event()
     protocol = Protocol(driver, activated=due.set)
@@ -95,9 +98,6 @@ async def _serve(path: Path, docker_host: str | None) -> None:
         await web.SockSite(runner, one).start()
     looking.start()
     log.info("%s %s listens on %s", PROGRAM, __version__, path)
-    told = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
     await told.wait()
     log.info("ending; volumes stay as they are")
     if ours:
