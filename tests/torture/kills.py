@@ -7,19 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from .world import Tally, World
 
 COMPARE_EVERY = 12  # rounds between two looks at the versions that were made
 
 
-def environment(folder: Path, patch: pytest.MonkeyPatch | None = None) -> None:
-    """Let this process's Horcrux keep all it has below `folder`."""
-    for name in ("root", "run"):
-        (patch.setenv if patch else os.environ.__setitem__)(
-            f"HORCRUX_{name.upper()}", str(folder / name)
-        )
+def environment(root: Path, run: Path) -> None:
+    """Let this process's Horcrux keep its state in `root` and its sockets in `run`."""
+    os.environ["HORCRUX_ROOT"], os.environ["HORCRUX_RUN"] = str(root), str(run)
 
 
 def torture(

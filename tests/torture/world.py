@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from horcrux_nbd import host, server, versions
 from horcrux_nbd.attach.processes import Process, wait_until
 from horcrux_nbd.chunkstore import open_store
+from horcrux_nbd.chunkstore.base import ChunkStore
 from horcrux_nbd.errors import HorcruxError
 from horcrux_nbd.names import Version
 from horcrux_nbd.repository.repository import Repository
@@ -24,11 +25,12 @@ from tests.servers.nbdkit import libnbd
 from tests.versions.support import AUTHOR, version_content
 from tests.volume.support import CHUNK, IMAGE, make_image, noise
 
+from .committer import Committer
 from .load import Load, share
 from .oracle import SECTOR, Oracle
 
 WRITERS = 4
-LOAD = 0.2  # seconds of load before a kill, at most; a commit under way gets twice as much
+LOAD = 0.2  # seconds of load before a kill, at most
 LIMIT = 30.0  # seconds for anything that is waited for
 # 40 chunks and a bit that is no multiple of anything; data in the first half and at the end.
 SIZE = 40 * CHUNK + 1234
@@ -43,8 +45,10 @@ class Tally:
     """What was done, and what was found wrong."""
 
     kills: int = 0
+    cuts: int = 0
     requests: int = 0
     commits: int = 0  # begun, and killed in the middle or not
+    pushes: int = 0  # acknowledged
     versions: int = 0  # that came of them, each compared with the oracle
     attaches: int = 0
     recoveries: int = 0  # servers killed while they started
@@ -52,8 +56,9 @@ class Tally:
 
     def __str__(self) -> str:
         return (
-            f"{self.kills} kills, {self.requests} requests, {self.commits} commits begun, "
-            f"{self.versions} versions compared, {self.attaches} attaches, "
+            f"{self.kills} kills, {self.cuts} power cuts, {self.requests} requests, "
+            f"{self.commits} commits begun, {self.pushes} pushes, {self.versions} versions "
+            f"compared, {self.attaches} attaches, "
             f"{self.recoveries} recoveries killed, {len(self.violations)} violations"
         )
 
@@ -69,6 +74,8 @@ class World:
         self.url = make_image(store, {0: content[: 20 * CHUNK], 40 * CHUNK: content[40 * CHUNK :]})
         host.create(name, self.url, Version(IMAGE))
         self._killed = 0.0  # monotonic
+        self._committed: set[str] = set()  # acknowledged and not yet compared
+        self._pushed: set[str] = set()
         self._versions: dict[str, dict[int, list[int]]] = {}  # message → what it may hold
 
     # ---- serve, load, kill
@@ -128,30 +135,32 @@ class World:
 
     # ---- commits
 
-    @contextlib.contextmanager
-    def committing(self, label: str, chance: random.Random) -> Iterator[None]:
-        """Another process commits, and then perhaps pushes, while the block runs; it is killed at
-        the end of it. The versions that come of it are compared by `compare_versions`.
+    def load_and_commit(self, seed: str, chance: random.Random, kill: Callable[[], None]) -> None:
+        """Load until `kill`, at a random moment. In every third round another process commits, and
+        dies at the end; `compare_versions` looks at what came of it.
         """
-        push = chance.random() < 0.3
-        since = self.oracle.now()
-        child = os.fork()  # no thread runs here: the load has not begun
-        if not child:
-            code = 1
-            with contextlib.suppress(BaseException):
-                time.sleep(chance.uniform(0, LOAD / 4))
-                versions.commit([self.name], label, author=AUTHOR)
-                if push:
-                    versions.push(self.name, author=AUTHOR)
-                code = 0
-            os._exit(code)
+        label, since = f"commit {seed}", self.oracle.now()
+        committer = Committer(self.name, label, chance) if chance.random() < 0.35 else None
+
+        def during() -> None:
+            if committer is not None:
+                committer.wait()
+            time.sleep(chance.uniform(0, LOAD))  # a random moment is what this is about
+            kill()
+
         try:
-            yield
+            self.load(seed, during)
         finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            if committer is not None:
+                committer.kill()
+        if committer is not None:
             self.tally.commits += 1
             self._versions[label] = self.oracle.allowed(since)
+            if committer.committed:
+                self._committed.add(label)
+            if committer.pushed:
+                self._pushed.add(label)
+                self.tally.pushes += 1
 
     def compare_versions(self, seed: str) -> None:
         """Push what was committed and compare each new version, as somebody reads it who has
@@ -162,39 +171,43 @@ class World:
             (f"writer {n}", [s for part in share(self.oracle.sectors, n, WRITERS) for s in part])
             for n in range(WRITERS)
         ]
+        self.check_pushed(seed)
         with open_store(self.url) as store:
-            repository = Repository.open(store)
-            oid = repository.resolve(Version(IMAGE)).id
-            while True:
-                commit = repository.read_commit(oid)
-                allowed = self._versions.pop(commit.message, None)
-                if allowed is None:  # an older one, compared before
-                    break
+            for oid, message in self._new_versions(store):
                 image = version_content(self.url, oid.hex())
-                wrong = self.oracle.one_moment(image, allowed, writers)
-                self._wrong(seed, [f"version {commit.message}: {line}" for line in wrong])
+                wrong = self.oracle.one_moment(image, self._versions.pop(message), writers)
+                self._wrong(seed, [f"version {message}: {line}" for line in wrong])
+                self._committed.discard(message)
                 self.tally.versions += 1
-                oid = commit.parents[0]
-            self._versions.clear()
             report = verify(store, data=True)
-            self._wrong(seed, [f"verify: {problem}" for problem in report.problems])
+        self._wrong(seed, [f"verify: {problem}" for problem in report.problems])
+        self._wrong(seed, [f"{label} was acknowledged and is gone" for label in self._committed])
+        self._versions.clear()
+        self._committed.clear()
+        self._pushed.clear()
+
+    def _new_versions(self, store: ChunkStore) -> list[tuple[bytes, str]]:
+        """(id, message) of the versions in the repository that were not compared yet."""
+        repository = Repository.open(store)
+        oid, found = repository.resolve(Version(IMAGE)).id, []
+        while (commit := repository.read_commit(oid)).message in self._versions:
+            found.append((oid, commit.message))
+            oid = commit.parents[0]
+        return found
+
+    def check_pushed(self, seed: str) -> None:
+        """What a push has acknowledged is in the repository."""
+        with open_store(self.url) as store:
+            there = {message for _, message in self._new_versions(store)}
+        lost = sorted(self._pushed - there)
+        self._wrong(seed, [f"{label} was pushed and is gone" for label in lost])
 
     # ---- one kill, each of another kind
 
     def round(self, seed: str) -> None:
         """Load, a SIGKILL at a random moment, a new server, every sector compared."""
         chance = random.Random(seed)
-        most = LOAD
-        with contextlib.ExitStack() as stack:
-            if chance.random() < 0.35:
-                most *= 2
-                stack.enter_context(self.committing(f"commit {seed}", chance))
-
-            def during() -> None:
-                time.sleep(chance.uniform(0, most))  # a random moment is what this is about
-                self.kill()
-
-            self.load(seed, during)
+        self.load_and_commit(seed, chance, self.kill)
         self.tally.kills += 1
         if chance.random() < 0.12:
             self._kill_while_starting(chance)
