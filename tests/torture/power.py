@@ -120,6 +120,8 @@ def _own_mounts(source: Path, target: Path) -> None:
 class PowerCuts(World):
     """A world whose rounds end in power cuts: several for each moment, and one that counts."""
 
+    COMMITS = 0.6
+
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         super().__init__(machine.target / "store")

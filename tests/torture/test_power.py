@@ -40,5 +40,6 @@ def test_power_cuts(tmp_path: Path) -> None:
         assert tally.violations == []
         assert tally.cuts >= CUTS // BESIDE
     assert sum(tally.requests for tally in tallies) > 5 * CUTS, "hardly any load"
-    assert sum(tally.versions for tally in tallies), "no commit came of it"
-    assert sum(tally.pushes for tally in tallies)
+    if CUTS >= 100:
+        assert sum(tally.versions for tally in tallies), "no commit came of it"
+        assert sum(tally.pushes for tally in tallies)

@@ -66,6 +66,8 @@ class Tally:
 class World:
     """A repository in `store`, and a volume of this host ($HORCRUX_ROOT) on it."""
 
+    COMMITS = 0.35  # how likely a round has one
+
     def __init__(self, store: Path, name: str = "t", options: dict[str, str] | None = None) -> None:
         self.name, self.tally = name, Tally()
         self._options = options
@@ -136,11 +138,11 @@ class World:
     # ---- commits
 
     def load_and_commit(self, seed: str, chance: random.Random, kill: Callable[[], None]) -> None:
-        """Load until `kill`, at a random moment. In every third round another process commits, and
-        dies at the end; `compare_versions` looks at what came of it.
+        """Load until `kill`, at a random moment. In some rounds another process commits, and dies
+        at the end; `compare_versions` looks at what came of it.
         """
         label, since = f"commit {seed}", self.oracle.now()
-        committer = Committer(self.name, label, chance) if chance.random() < 0.35 else None
+        committer = Committer(self.name, label, chance) if chance.random() < self.COMMITS else None
 
         def during() -> None:
             if committer is not None:
