@@ -179,14 +179,13 @@ class Driver:
             )
         files.make_folder(target, 0o700)
         settings = config.load()
-        size = settings.cache_size
         host.mount(
             record.volume,
             target,
             via=settings.attach_via,
             read_only=record.options.read_only,
             options={
-                **({} if size is None else {"cache_size": str(size)}),
+                **settings.plugin_options(),
                 **record.options.for_server,
             },
         )

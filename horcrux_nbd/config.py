@@ -7,6 +7,9 @@
     [cache]
     size = "20G"
 
+    [store]
+    timeout = 60
+
     [attach]
     via = "nbd"
 
@@ -39,6 +42,7 @@ from .units import MiB, parse_size
 KNOWN: dict[str, tuple[str, ...]] = {
     "remotes": (),  # names of the user's own, each with the keys of REMOTE
     "cache": ("size",),
+    "store": ("timeout",),
     "attach": ("via",),
     # Options of `docker volume create` where it says nothing; horcrux_driver/options.py reads them.
     "docker": (
@@ -68,8 +72,14 @@ class Config:
     remotes: Mapping[str, str] = field(default_factory=dict)  # name → URL
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → URLs of copies
     cache_size: int | None = None  # bytes
+    store_timeout: int | None = None  # seconds
     attach_via: str | None = None
     docker: Mapping[str, str] = field(default_factory=dict)  # option → value, not parsed
+
+    def plugin_options(self) -> dict[str, str]:
+        """What the server of a volume is told of it."""
+        told = {"cache_size": self.cache_size, "timeout": self.store_timeout}
+        return {key: str(value) for key, value in told.items() if value is not None}
 
     def mirrors_of(self, url: str) -> tuple[str, ...]:
         """Other places that hold the repository at `url`, as the remotes with that URL say."""
@@ -117,7 +127,7 @@ def parse(text: str, file: Path) -> Config:
         raise UsageError(f"{file} is no TOML: {error}") from None
     _check_keys(value, tuple(KNOWN), file, "")
     tables = {name: _table(value, name, file) for name in KNOWN}
-    for name in ("cache", "attach", "docker"):
+    for name in ("cache", "store", "attach", "docker"):
         _check_keys(tables[name], KNOWN[name], file, f"{name}.")
     return Config(
         file=file,
@@ -125,6 +135,7 @@ def parse(text: str, file: Path) -> Config:
         remotes=_remotes(tables["remotes"], file),
         mirrors=_mirrors(tables["remotes"], file),
         cache_size=_cache_size(tables["cache"], file),
+        store_timeout=_store_timeout(tables["store"], file),
         attach_via=_via(tables["attach"], file),
         docker=_docker(tables["docker"], file),
     )
@@ -187,6 +198,15 @@ def _cache_size(table: Mapping[str, Any], file: Path) -> int | None:
     if found < MIN_CACHE:
         raise UsageError(f"{file}: cache.size {size!r} is too small: give at least 64M")
     return found
+
+
+def _store_timeout(table: Mapping[str, Any], file: Path) -> int | None:
+    timeout = table.get("timeout")
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, int) or not 1 <= timeout <= 3600
+    ):
+        raise UsageError(f"{file}: store.timeout {timeout!r}: give whole seconds, 1 to 3600")
+    return timeout
 
 
 def _via(table: Mapping[str, Any], file: Path) -> str | None:

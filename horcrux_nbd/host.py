@@ -7,10 +7,11 @@ never in the caller: each function looks at what is there, so it works after a c
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from . import config, control, files, paths, server
 from .attach import busy
 from .attach import device as devices
-from .attach.base import Attachment
+from .attach.base import FOLDER, REQUEST_TIMEOUT, Attachment
 from .attach.mount import mount as mount_device
 from .attach.mount import unmount_device
 from .attach.mountinfo import Mount, mounts_of
@@ -29,9 +30,11 @@ from .repository.refs import suggest
 from .repository.repository import Repository
 from .units import format_size
 from .volume import state as states
+from .volume.base import WAIT_FACTOR
 from .volume.local import open_objects, own_commits
 from .volume.state import VolumeState, create_volume
 from .volume.survey import Survey, survey
+from .volume.volume import STORE_LIMIT
 
 VERSIONS_LOCK = "versions.lock"  # in a volume's folder; see versions/session.py
 LOCK_WAIT = 10.0  # seconds; somebody else's mount or umount of the same volume takes less
@@ -133,7 +136,7 @@ def users(name: str) -> list[busy.User]:
 
 
 def _attach_state(name: str) -> Path:
-    return server.folder_of(name) / "attach"
+    return server.folder_of(name) / FOLDER
 
 
 # ---- make and remove
@@ -304,17 +307,31 @@ def _attach(
     if serving is None:
         serving = server.start(name, folder_of(name), read_only=read_only, options=options)
     try:
-        return devices.attach(
+        server.keep(name)
+        attachment = devices.attach(
             serving.socket,
             name=name,
             state=_attach_state(name),
             read_only=read_only or state.read_only,
             via=via,
+            request_timeout=_request_timeout(serving.options),
         )
     except BaseException:
+        server.release(name)
         if started:
             server.stop(name, force=True)
         raise
+    if not devices.reconnects(attachment):
+        server.release(name)
+    return attachment
+
+
+def _request_timeout(options: Mapping[str, str]) -> int:
+    """Seconds the kernel gives one request: enough for the server to say that its store is away.
+    After a crash of the server, requests that were under way wait as long.
+    """
+    store = float(options.get("timeout", STORE_LIMIT))
+    return REQUEST_TIMEOUT + math.ceil((store - STORE_LIMIT) * WAIT_FACTOR)
 
 
 def detach(name: str, *, force: bool = False, keep_server: bool = False) -> bool:
@@ -387,8 +404,7 @@ def remounter(name: str) -> Callable[[], Mount]:
     words = [plain if no not in one.options else no for plain, no in told.items()]
     words += [word for word in ("noatime", "relatime", "nodiratime") if word in one.options]
     words += ["discard"] if "discard" in one.super_options else []
-    size = config.load().cache_size
-    options = {} if size is None else {"cache_size": str(size)}
+    options = config.load().plugin_options()
 
     def again() -> Mount:
         return mount(

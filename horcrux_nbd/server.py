@@ -1,6 +1,7 @@
 """nbdkit processes: one for each served volume, started, found again and stopped.
 
-They outlive whoever started them. What is needed to find one lies in `<run>/<volume>/`.
+They outlive whoever started them. What is needed to find one lies in `<run>/<volume>/`. Beside each
+waits a watcher: a shell that becomes `supervise.py` when nbdkit is gone and KEEP is still there.
 """
 
 from __future__ import annotations
@@ -8,8 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
-from dataclasses import asdict, dataclass
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from . import files, paths
@@ -26,6 +31,14 @@ STOP_LIMIT = 60.0  # seconds for the last flush
 DYING = 2.0  # seconds for the sockets of a killed process to go
 
 SOCKET, CONTROL, LOG, RECORD = "nbd.sock", "control.sock", "nbdkit.log", "server.json"
+KEEP = "keep"  # while it is there, a server that dies is to be started again
+SUPERVISOR_LOG = "supervisor.log"
+LAST_LOG = f"{LOG}.1"  # of the server before this one: why it died
+# Signals that would end nbdkit, which then answers all requests with an error, mounted or not
+# (ESHUTDOWN, nbdkit 1.32.5). They are blocked, so that a logout or a shutdown of the host, which
+# sends them to everything, finds a server that ends when its device is free (serving.py).
+BLOCKED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+END = signal.SIGQUIT  # nbdkit ends on it as well
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,10 @@ class Server:
     process: Process
     socket: Path
     boot: str
+    read_only: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)  # for the plugin
+    began: float = 0.0  # time.monotonic() of its start
+    restarts: int = 0  # of this volume's server since somebody asked for it
 
     @property
     def pid(self) -> int:
@@ -53,15 +70,37 @@ def plugin_path() -> Path:
 
 def running(name: str) -> Server | None:
     """The server of a volume, if it lives."""
+    server = last(name)
+    return server if server is not None and server.process.alive() else None
+
+
+def last(name: str) -> Server | None:
+    """The server that a volume has, or had last in this boot, unless it was stopped."""
     folder = folder_of(name)
     try:
         value = files.read_json(folder / RECORD)
-        server = Server(Process(**value["process"]), Path(value["socket"]), value["boot"])
+        known = {**value, "process": Process(**value["process"]), "socket": Path(value["socket"])}
+        server = Server(**known)
     except FileNotFoundError:
         return None
     except (KeyError, TypeError) as error:
         raise Damaged(f"{folder / RECORD} cannot be read ({error!r}): remove it") from None
-    return server if server.boot == boot_id() and server.process.alive() else None
+    return server if server.boot == boot_id() else None
+
+
+def keep(name: str) -> None:
+    """From now on the server is started again should it die (supervise.py), until `stop`."""
+    (folder_of(name) / KEEP).touch(0o600)
+
+
+def release(name: str) -> None:
+    """Undo `keep`."""
+    (folder_of(name) / KEEP).unlink(missing_ok=True)
+
+
+def kept(name: str) -> bool:
+    """Whether `keep` is in force."""
+    return (folder_of(name) / KEEP).exists()
 
 
 def start(
@@ -70,12 +109,14 @@ def start(
     *,
     socket: Path | None = None,
     read_only: bool = False,
-    options: dict[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+    restarts: int = 0,
 ) -> Server:
     """Serve the volume in the folder `volume`; returns when it listens.
 
-    `options` are more keys for the plugin (`cache`, `cache_size`, `timeout`). Raises Busy if it is
-    served already; what nbdkit said if it does not start.
+    `options` are more keys for the plugin (`cache`, `cache_size`, `timeout`); `restarts` is how
+    often it was started anew before. Raises Busy if it is served already; what nbdkit said if it
+    does not start.
     """
     if found := running(name):
         raise Busy(f"volume {name} is served already, by process {found.pid} on {found.socket}")
@@ -92,9 +133,10 @@ def start(
     # One that was just killed may take a moment to let go of its socket.
     if not wait_until(lambda: listener(socket) == 0, DYING):
         raise Busy(f"another server listens on {socket} already")
-    for stale in (socket, folder / RECORD):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(stale)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(socket)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder / LOG, folder / LAST_LOG)
     keys = {
         "volume": str(volume.absolute()),
         "control": str(folder / CONTROL),
@@ -105,18 +147,26 @@ def start(
         nbdkit, "--foreground", "--unix", str(socket), "--threads", str(THREADS),
         "python", str(plugin_path()), *(f"{key}={value}" for key, value in keys.items()),
     ]  # fmt: skip
-    process = _launch(argv, folder / LOG)
-    server = Server(process, socket, boot_id())
-    files.publish_json(folder / RECORD, {**asdict(server), "socket": str(socket)})
+    # nbdkit holds one end of a pipe for its life, and the watcher reads the other.
+    watched, life = os.pipe()
+    try:
+        process = _launch(argv, folder / LOG, life)
+        server = Server(
+            process, socket, boot_id(), read_only, dict(options or {}), time.monotonic(), restarts
+        )
+        files.publish_json(folder / RECORD, {**asdict(server), "socket": str(socket)})
 
-    def ready() -> bool:
-        return not process.alive() or listener(socket) != 0
+        def ready() -> bool:
+            return not process.alive() or listener(socket) != 0
 
-    if not wait_until(ready, START_LIMIT) or not process.alive():
-        process.stop(0)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(folder / RECORD)
-        raise HorcruxError(f"volume {name} cannot be served: {_said(folder / LOG)}")
+        if not wait_until(ready, START_LIMIT) or not process.alive():
+            process.signal(signal.SIGKILL)
+            process.wait_gone(DYING)
+            raise HorcruxError(f"volume {name} cannot be served: {_said(folder / LOG)}")
+        _watch(name, folder, watched)  # not before: one that cannot start is not started again
+    finally:
+        os.close(watched)
+        os.close(life)
     return server
 
 
@@ -128,8 +178,8 @@ _LAUNCHER = (
 )  # fmt: skip
 
 
-def _launch(argv: list[str], log: Path) -> Process:
-    with open(log, "wb") as output, io_flusher():
+def _launch(argv: list[str], log: Path, life: int) -> Process:
+    with open(log, "wb") as output, io_flusher(), _blocked():
         launcher = subprocess.Popen(
             [*_LAUNCHER, *argv],
             stdin=subprocess.PIPE,
@@ -137,6 +187,7 @@ def _launch(argv: list[str], log: Path) -> Process:
             stderr=output,
             cwd="/",
             env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/bin:/bin"},
+            pass_fds=(life,),
         )
     assert launcher.stdin is not None
     assert launcher.stdout is not None
@@ -148,6 +199,38 @@ def _launch(argv: list[str], log: Path) -> Process:
             raise HorcruxError(f"nbdkit cannot be started: {_said(log)}")
         launcher.stdin.write(b"\n")
     return process
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Processes started inside have the signals BLOCKED (signal(7): kept by fork and exec)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# Waits in less than a MiB, where a Python would take 20; becomes one when it has something to do.
+_WATCHER = (
+    "setsid", "--fork", "sh", "-c",
+    'read -r _; [ -e "$1" ] || exit 0; shift; exec "$@" </dev/null', "sh",
+)  # fmt: skip
+
+
+def _watch(name: str, folder: Path, watched: int) -> None:
+    """Start the watcher of the server, whose end is the end of the pipe `watched`."""
+    supervise = [sys.executable, "-P", "-m", f"{__package__}.supervise", name]
+    with open(folder / SUPERVISOR_LOG, "ab") as log, io_flusher():
+        subprocess.run(
+            [*_WATCHER, str(folder / KEEP), *supervise],
+            stdin=watched,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/bin:/bin"},
+            check=False,
+        )
 
 
 def _said(log: Path) -> str:
@@ -166,11 +249,10 @@ def stop(name: str, *, limit: float = STOP_LIMIT, force: bool = False) -> bool:
     """
     server = running(name)
     folder = folder_of(name)
+    release(name)
     if server is not None:
-        import signal
-
-        server.process.signal(signal.SIGTERM)
-        gone = server.process.wait_gone(limit) or (force and server.process.stop(1.0))
+        server.process.signal(END)
+        gone = server.process.wait_gone(limit) or (force and _kill(server.process))
         if not gone:
             raise Busy(
                 f"the server of {name} (process {server.pid}) is still busy after {limit:.0f} s"
@@ -179,3 +261,8 @@ def stop(name: str, *, limit: float = STOP_LIMIT, force: bool = False) -> bool:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / leftover)
     return server is not None
+
+
+def _kill(process: Process) -> bool:
+    process.signal(signal.SIGKILL)
+    return process.wait_gone(DYING)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import __version__, paths
+from .attach.base import FOLDER
 from .control import ControlServer
 from .errors import HorcruxError, UsageError
 from .names import check_name, check_ref
@@ -47,6 +50,8 @@ KEYS = {
 # Smallest, preferred, largest request. Anything works; whole 4 KiB blocks need no reading first.
 BLOCK_SIZES = (1, 4096, 32 * MiB)
 _HOLE, _ZERO = 1, 2  # NBD_STATE_HOLE, NBD_STATE_ZERO
+LAST_CLIENTS = 2.0  # seconds to go for those who are connected but use nothing
+FREE_STEP = 0.3  # seconds between looks at a device that is in use
 MAX_EXTENTS = 4096  # in one answer; the client asks on
 
 _YES = {"1": True, "true": True, "on": True, "yes": True}
@@ -198,13 +203,23 @@ class Server:
                 Path(path),
                 {
                     "figures": lambda _: self.figures(),
+                    "log": self._log_level,
                     "prepare": lambda _: self._prepare(),
                     "freeze": self._freeze,
                     "seal": self._seal,
                     "abandon": lambda _: self._abandon(),
                 },
             )
+            self._mind_signals(Path(path).parent)
         log.info("serving %s (%d bytes)", self._volume.name, self._volume.size)
+
+    def _mind_signals(self, run: Path) -> None:
+        """Who started us has blocked the signals that would end us at once (server.BLOCKED)."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        if signal.SIGTERM in blocked:
+            assert self._volume is not None
+            work = (run, blocked, self._volume.flush)
+            threading.Thread(target=end_when_free, args=work, daemon=True).start()
 
     def _prepare(self) -> None:
         assert self._volume is not None
@@ -226,14 +241,16 @@ class Server:
     def figures(self) -> dict[str, Any]:
         """What this server did so far; bytes are of plaintext."""
         assert self._volume is not None
-        figures = self._volume.base.figures
         return {
             "pid": os.getpid(),
             "seconds": round(time.monotonic() - self._began, 1),
-            "fetched_bytes": figures.fetched_bytes,
-            "fetched_chunks": figures.fetched_chunks,
-            "fetch_errors": figures.fetch_errors,
+            "dirty_bytes": self._volume.dirty_bytes(),
+            **self._volume.base.figures.to_json(),
         }
+
+    def _log_level(self, ask: Mapping[str, Any]) -> None:
+        level = str(ask["level"])
+        logging.getLogger().setLevel(_level(level))
 
     def connect(self, export: str) -> Volume:
         """What a client gets that asked for `export`."""
@@ -252,6 +269,26 @@ class Server:
             self._volume = None
 
 
+def end_when_free(run: Path, signals: Iterable[int], flush: Callable[[], None]) -> None:
+    """Wait for one of `signals`, and for the device of the volume to be free; then end nbdkit.
+
+    nbdkit answers each request after that with an error. So what a shutdown of the host sends to
+    everything must not count before the file system is unmounted.
+    """
+    number = signal.sigwait(signals)
+    from .attach import device
+
+    state = run / FOLDER
+    if device.in_use(state):
+        log.warning("%s: this server ends when its device is free", signal.Signals(number).name)
+    while device.in_use(state):
+        time.sleep(FREE_STEP)
+    os.kill(os.getpid(), signal.SIGQUIT)
+    time.sleep(LAST_CLIENTS)  # nbdkit waits for them without a limit: a kernel or nbdfuse stays
+    flush()
+    os._exit(0)
+
+
 def extents(volume: Volume, offset: int, count: int, one: bool) -> list[tuple[int, int, int]]:
     """(offset, length, NBD state) of the range, or of its first piece."""
     found: list[tuple[int, int, int]] = []
@@ -263,12 +300,16 @@ def extents(volume: Volume, offset: int, count: int, one: bool) -> list[tuple[in
     return found
 
 
-def _set_up_log(level: str) -> None:
+def _level(name: str) -> str:
     levels = {"debug", "info", "warning", "error"}
-    if level.lower() not in levels:
-        raise UsageError(f"log={level}: say {', '.join(sorted(levels))}")
+    if name.lower() not in levels:
+        raise UsageError(f"log={name}: say {', '.join(sorted(levels))}")
+    return name.upper()
+
+
+def _set_up_log(level: str) -> None:
     logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="horcrux: %(levelname)s: %(message)s"
+        stream=sys.stderr, level=_level(level), format="horcrux: %(levelname)s: %(message)s"
     )
     # boto3 and paramiko tell a lot, and some of it is none of a log's business.
     for library in ("boto3", "botocore", "urllib3", "paramiko"):

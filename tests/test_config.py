@@ -27,6 +27,9 @@ url = "s3://bucket/prefix?region=eu-west-1"
 [cache]
 size = "20G"
 
+[store]
+timeout = 20
+
 [attach]
 via = "fuse"
 """
@@ -47,12 +50,15 @@ def test_all_keys(file: Path) -> None:
         "with.dot": "s3://bucket/prefix?region=eu-west-1",
     }
     assert (found.cache_size, found.attach_via) == (20 * GiB, "fuse")
+    assert found.store_timeout == 20
+    assert found.plugin_options() == {"cache_size": str(20 * GiB), "timeout": "20"}
 
 
 def test_none(tmp_path: Path) -> None:
     found = config.load(tmp_path / "none.toml")
     assert not found.exists
     assert (dict(found.remotes), found.cache_size, found.attach_via) == ({}, None, None)
+    assert found.plugin_options() == {}
 
 
 def test_ways_are_those_that_there_are() -> None:
@@ -62,7 +68,7 @@ def test_ways_are_those_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[cash]", "unknown key 'cash': the known ones are remotes, cache, attach"),
+        ("[cash]", "unknown key 'cash': the known ones are remotes, cache, store, attach, docker"),
         ('[cache]\nsice = "1G"', "unknown key 'cache.sice': the known ones are cache.size"),
         ('[attach]\nhow = "nbd"', "attach.via"),
         ('[remotes.x]\nurl = "cp:///x"\nkey = "1"', "unknown key 'remotes.x.key'"),

@@ -25,12 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"chunkstore", "repository", "source"},
     "refresh": {"chunkstore", "repository", "source", "volume"},
     "control": set(),
-    "serving": {"chunkstore", "repository", "volume", "control"},
+    "serving": {"attach", "chunkstore", "repository", "volume", "control"},
     "plugin": {"serving"},
     "server": {"attach"},
     "filesystem": set(),
     "host": {"chunkstore", "repository", "volume", "attach", "server", "control", "config"},
 }
+MAY_IMPORT["supervise"] = {"host", "server", "attach"}
 MAY_IMPORT["versions"] = MAY_IMPORT["host"] | {"host", "generate", "filesystem"}
 MAY_IMPORT["contents"] = MAY_IMPORT["versions"] | {"versions"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"plugin", "serving", "control"}

@@ -23,6 +23,7 @@ from .processes import Process, boot_id
 from .sockets import listener
 
 RECORD = "attachment.json"
+FOLDER = "attach"  # an attachment's own, beside the sockets of its volume
 REQUEST_TIMEOUT = 90  # seconds; above our fetch budget of 60 s, so the server's answer comes first
 DEAD_TIMEOUT = 300  # seconds that requests queue for a server that is being started again
 
@@ -108,6 +109,7 @@ class Driver(Protocol):
 
     NAME: str
     CONNECTIONS: int  # to the server, unless asked for otherwise
+    RECONNECTS: bool  # whether it has `reconnect`
 
     def missing(self) -> tuple[str, str] | None:
         """What this machine lacks for it and how to get it; None if nothing."""

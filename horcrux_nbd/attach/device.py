@@ -127,6 +127,18 @@ def status(attachment: Attachment) -> Status:
     return choose.DRIVERS[attachment.via].status(attachment)
 
 
+def reconnects(attachment: Attachment) -> bool:
+    """Whether `reconnect` can bring it back once it has a server again."""
+    driver = choose.DRIVERS[attachment.via]
+    return driver.RECONNECTS and attachment.device in driver.devices(Path(attachment.state))
+
+
+def in_use(state: Path) -> bool:
+    """Whether anybody uses the device that `state` led to: a mount, a process, another device."""
+    devices = [one for driver in choose.DRIVERS.values() for one in driver.devices(state)]
+    return any(busy.users_of_device(device) for device in devices)
+
+
 def reconnect(attachment: Attachment) -> Attachment:
     """For a supervisor that started the server again; the attachment as it is from then on.
 

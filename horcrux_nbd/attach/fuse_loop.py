@@ -46,6 +46,7 @@ FOLDER, FILE, PIDFILE, LOG = "fuse", "nbd", "nbdfuse.pid", "nbdfuse.log"
 
 class FuseLoop:
     NAME = NAME
+    RECONNECTS = False
     # libnbd locks a connection while it waits, so each has one request under way, and libfuse has
     # 10 threads. 4 KiB reads with 20 ms behind each: 270/s with 4 connections, 430/s with 12.
     CONNECTIONS = 10

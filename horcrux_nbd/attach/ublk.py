@@ -35,6 +35,7 @@ CHOSEN = "ublk-number"  # written before the device is made, so that a crash can
 
 class Ublk:
     NAME = NAME
+    RECONNECTS = False
     CONNECTIONS = 4  # nbdublk's own default
 
     def missing(self) -> tuple[str, str] | None:

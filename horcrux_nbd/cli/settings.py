@@ -24,6 +24,8 @@ def config(as_json: bool) -> None:
     mirrors = ["s3://bucket/horcrux"]
     [cache]
     size = "20G"        # default: a fifth of the disk, at most 50G
+    [store]
+    timeout = 60        # seconds that a read waits for a store that is away, then it fails
     [attach]
     via = "fuse"        # nbd, ublk or fuse; default: the best there is
     """
@@ -34,6 +36,7 @@ def config(as_json: bool) -> None:
         "root": str(paths.root()),
         "run": str(paths.run()),
         "cache": {"folder": str(paths.cache()), "size": settings.cache_size},
+        "store": {"timeout": settings.store_timeout},
         "attach": {"via": settings.attach_via},
         "remotes": dict(settings.remotes),
         "mirrors": {name: list(urls) for name, urls in settings.mirrors.items()},
@@ -48,6 +51,7 @@ def config(as_json: bool) -> None:
             ("state", str(paths.root())),
             ("sockets", str(paths.run())),
             ("cache.size", f"{size} ({paths.cache()})"),
+            ("store.timeout", f"{settings.store_timeout or 'default (60)'} s"),
             ("attach.via", settings.attach_via or "default (the best there is)"),
             *(
                 (f"remotes.{name}", " ".join((url, *settings.mirrors.get(name, ()))))

@@ -32,8 +32,7 @@ def _via(asked: str | None) -> str | None:
 
 def _options() -> dict[str, str]:
     """What the configuration says to the server."""
-    size = config.load().cache_size
-    return {} if size is None else {"cache_size": str(size)}
+    return config.load().plugin_options()
 
 
 # ---- make and remove

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ..errors import Damaged
 from ..repository.commits import Commit
@@ -14,6 +12,7 @@ from ..repository.objects import NULL_ID, Kind, kind_of
 from ..repository.repository import Repository
 from .cache import Cache
 from .fetch import Background, SingleFlight
+from .figures import Figures
 from .local import LocalObjects
 from .overlay import fill_zeros
 from .readahead import ReadAhead
@@ -26,15 +25,6 @@ WAIT_FACTOR = 1.25
 DEFAULT_LIMIT = 60.0  # seconds, for a store that has none
 # A damaged object is fetched this often in all before a read fails: the store may have healed.
 ATTEMPTS = 2
-
-
-@dataclass
-class Figures:
-    """Counts since the start. Bytes are of plaintext."""
-
-    fetched_chunks: int = 0
-    fetched_bytes: int = 0
-    fetch_errors: int = 0
 
 
 class Base:
@@ -57,7 +47,6 @@ class Base:
         self._nodes = SingleFlight(self._fetch_node, limit)
         self._chunks = SingleFlight(self._fetch_chunk, limit)
         self._read_ahead = ReadAhead(commit.chunk_size, commit.chunks)
-        self._figures_lock = threading.Lock()
         self.figures = figures or Figures()
         # One slot of the store is left for a reader that waits.
         threads = max(1, min(16, repository.store.concurrency - 1))
@@ -93,6 +82,7 @@ class Base:
         cached = self._cache.open(oid)
         if cached is not None:
             if cached.read_into(offset, view):
+                self.figures.cache_hits += 1
                 return
             self._cache.drop(oid)
         # What was committed here is read here, whether the chunk below it can be had or not.
@@ -129,9 +119,10 @@ class Base:
             content = self._cache.content(oid, self._chunk_size)
             if content is not None:
                 return content
-        chunk = self._verified(
-            lambda: self.repository.read_chunk(oid, self._chunk_size, self._part, self._keep)
-        )
+        with self.figures.fetches.timed():
+            chunk = self._verified(
+                lambda: self.repository.read_chunk(oid, self._chunk_size, self._part, self._keep)
+            )
         self._cache.insert(oid, chunk)
         return chunk
 
@@ -140,9 +131,7 @@ class Base:
 
     def _keep(self, oid: bytes, plain: bytes) -> None:
         """Count what the store gave. Patches are kept for commits, which merge them."""
-        with self._figures_lock:
-            self.figures.fetched_chunks += 1
-            self.figures.fetched_bytes += len(plain)
+        self.figures.fetched(len(plain))
         if kind_of(oid) is Kind.PATCH:
             self._cache.insert(oid, plain, meta=True)
 
@@ -162,17 +151,13 @@ class Base:
                 return fetch()
             except Damaged as error:
                 if attempt == ATTEMPTS:
-                    self._count_error()
+                    self.figures.failed()
                     raise
                 log.warning("%s: it is fetched again", error)
             except BaseException:
-                self._count_error()
+                self.figures.failed()
                 raise
         raise AssertionError("unreachable")
-
-    def _count_error(self) -> None:
-        with self._figures_lock:
-            self.figures.fetch_errors += 1
 
     # ---- extents and figures
 

@@ -15,6 +15,7 @@ def test_config(horcrux_host: Path) -> None:
         "root": str(horcrux_host / "root"),
         "run": str(horcrux_host / "run"),
         "cache": {"folder": str(horcrux_host / "root" / "cache"), "size": None},
+        "store": {"timeout": None},
         "attach": {"via": None},
         "remotes": {},
         "mirrors": {},
@@ -36,7 +37,7 @@ def test_a_wrong_file(horcrux_host: Path) -> None:
     (horcrux_host / "config.toml").write_text("[cash]")
     for words in (["config"], ["ls"], ["remote", "ls"], ["remote", "add", "x", "cp:///x"]):
         said = fails(2, *words)
-        assert "unknown key 'cash': the known ones are remotes, cache, attach" in said
+        assert "unknown key 'cash': the known ones are remotes, cache, store, attach" in said
         assert str(horcrux_host / "config.toml") in said
     run("plugin-path")
 
