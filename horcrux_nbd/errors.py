@@ -69,6 +69,13 @@ class Incomplete(HorcruxError):
     exit_code = 10
 
 
+class KeyRequired(HorcruxError):
+    """An encrypted repository, and no key of it here, or not the right one. Nothing was read."""
+
+    exit_code = 7
+    errno = errno.EACCES
+
+
 # ---- chunk stores -------------------------------------------------------------------------------
 
 

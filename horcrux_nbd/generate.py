@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from .chunkstore.base import ChunkStore
 from .errors import NotFound
@@ -15,7 +16,7 @@ from .progress import Progress
 from .repository.change import ChangeWriter, differing_blocks
 from .repository.commits import DEFAULT_CHUNK, Commit, now
 from .repository.index import Index
-from .repository.objects import NULL_ID, Kind, object_id
+from .repository.objects import NULL_ID, Kind
 from .repository.patch import Patch
 from .repository.refs import BranchRecord
 from .repository.repository import Repository
@@ -27,6 +28,9 @@ from .repository.writer import (
     write_index,
 )
 from .source import Source
+
+if TYPE_CHECKING:
+    from .repository.keys import Secret
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def generate(
     author: str,
     message: str,
     old_chunk: Callable[[int], bytes] | None = None,
+    secret: Secret | None = None,
     progress: Progress | None = None,
 ) -> Generated:
     """Make `source` the next version of `image` on `branch`; makes the repository if need be.
@@ -68,13 +73,14 @@ def generate(
     `chunk_size` in bytes: by default the image's own, the repository's, or 512 KiB. Interrupted at
     any moment it leaves the image as it was; run again, it stores only what is missing.
     `old_chunk` reads a chunk of the version on the branch: with it only the blocks that changed are
-    stored, at the price of reading each changed chunk. Raises
+    stored, at the price of reading each changed chunk. With a `secret` a repository that is made
+    is encrypted, and that opens it. Raises
     BranchMoved where somebody else made a version meanwhile; StoreError; OSError from the source.
     """
     check_name("image", image)
     check_name("branch", branch)
     progress = progress or Progress()
-    repository = Repository.create(store, chunk_size or DEFAULT_CHUNK)
+    repository = Repository.create(store, chunk_size or DEFAULT_CHUNK, secret=secret)
     head = repository.refs.head(image, branch)
     parent = head.commit if head else None
     old = repository.read_commit(parent) if parent else None
@@ -99,7 +105,10 @@ def generate(
         def work(number: int) -> None:
             content = source.read(number * size, size)
             below = tree.lookup(number) if tree is not None and old_chunk is not None else NULL_ID
-            if old_chunk is None or below in (NULL_ID, object_id(Kind.CHUNK, content)):
+            if old_chunk is None or below in (
+                NULL_ID,
+                repository.form.object_id(Kind.CHUNK, content),
+            ):
                 oid = writer.write(Kind.CHUNK, content)
             else:
                 before = old_chunk(number)

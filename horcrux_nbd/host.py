@@ -229,11 +229,12 @@ def remove(
 def unpushed(name: str) -> set[bytes]:
     """The ids of a volume's commits that exist on this host only. Raises Damaged."""
     state = load(name)
+    form = state.form
     with open_objects(folder_of(name)) as objects:
         return {
             oid
             for line in state.lines
-            for oid, _ in own_commits(objects, bytes.fromhex(line.tip), line.upstream)
+            for oid, _ in own_commits(objects, form, bytes.fromhex(line.tip), line.upstream)
         }
 
 
@@ -462,6 +463,8 @@ def status(name: str) -> VolumeStatus:
         found = survey(folder, state, paths.cache())
     except Damaged as error:
         found, problem = Survey(), problem or str(error)
+    if not problem:
+        problem = state.lacks_key
     return VolumeStatus(name, state, found, running, attachment, mounts, problem, figures)
 
 

@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run what takes minutes")
+    parser.addoption(
+        "--encrypted", action="store_true", help="every repository that a test makes is encrypted"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,6 +60,17 @@ def horcrux_host(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("HORCRUX_RUN", str(host / "run"))
     monkeypatch.setenv("HORCRUX_CONFIG", str(host / "config.toml"))
     return host
+
+
+@pytest.fixture(autouse=True)
+def encrypted_repositories(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, horcrux_host: Path
+) -> None:
+    """With `--encrypted`: what holds for a repository holds for an encrypted one."""
+    if request.config.getoption("--encrypted"):
+        from .encrypted import encrypt_all
+
+        encrypt_all(monkeypatch)
 
 
 # ---- nothing is left behind ---------------------------------------------------------------------

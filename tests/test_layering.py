@@ -123,3 +123,17 @@ def test_modules_stay_small() -> None:
         assert lines <= 500, f"{path} has {lines} lines: one topic each"
     plugin = ROOT / "horcrux_nbd" / "plugin.py"
     assert len(plugin.read_text().splitlines()) <= 200
+
+
+def test_objects_go_by_the_form_of_their_repository() -> None:
+    """The plain form's functions are for tests: an object of an encrypted repository that was
+    written with them would be in the clear, under an id that tells what is in it.
+    """
+    plain = {"object_id", "encode", "decode", "max_stored"}
+    found = [
+        f"{path.name}:{line} imports {name}: use the repository's form"
+        for path, module, package in files()
+        for line, name in imports(path, module, package)
+        if name.rpartition(".")[0].endswith("repository.objects") and name.split(".")[-1] in plain
+    ]
+    assert not found, "\n".join(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +14,11 @@ from ..errors import Incomplete, NotFound, StoreMissing, UsageError
 from ..names import DEFAULT_BRANCH, Version, check_name
 from ..units import format_size
 from . import output
+from .key import secret_of, secret_options, unlock_with
 from .words import SIZE
+
+if TYPE_CHECKING:
+    from ..repository.keys import Secret
 
 LISTED = 20  # problems printed; --json has all
 
@@ -48,6 +53,8 @@ LISTED = 20  # problems printed; --json has all
     type=click.Path(file_okay=False),
     help="Folder for temporary files. Default: $TMPDIR, else /var/tmp.",
 )
+@click.option("--encrypt", is_flag=True, help="A repository that is made is encrypted.")
+@secret_options
 @output.quiet_option
 @output.json_option
 def generate(
@@ -60,6 +67,9 @@ def generate(
     branch: str,
     message: str | None,
     temporary: str | None,
+    encrypt: bool,
+    key_file: str | None,
+    passphrase_file: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -79,6 +89,12 @@ def generate(
 
     \b
     horcrux-cli generate --onto AMCC /srv/amcc scp://me@nas:/srv/images
+
+    --encrypt makes a repository that nobody can read without its key: a passphrase, which is asked
+    for, or a file. This host keeps the key until a reboot (`horcrux-cli key`, docs/security.md).
+
+    \b
+    horcrux-cli generate --encrypt AMCC /srv/amcc s3://bucket/amcc
 
     Exit code 10: the version was made, but files changed or could not be read meanwhile; they are
     listed. Stop the database, or take a snapshot, and run it again.
@@ -101,7 +117,7 @@ def generate(
         raise UsageError("--size is the whole, --free what is left over: give one of them")
     url = config.load().url(repo)
     _check_apart(source, url)
-    _look_at(url)
+    secret = _look_at(url, encrypt, key_file, passphrase_file)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(quiet))
         last = stack.enter_context(LastVersion(url, Version(name, branch))) if onto else None
@@ -126,8 +142,11 @@ def generate(
             author=author(),
             message=message or f"generated from {os.path.abspath(source)}",
             old_chunk=last.chunk if last is not None else None,
+            secret=secret,
             progress=progress,
         )
+    if secret is not None:
+        _keep_key(url)
     seconds = time.monotonic() - began
     if as_json:
         output.emit_json(
@@ -187,19 +206,52 @@ def _check_apart(source: str, url: str) -> None:
         raise UsageError(f"SOURCE {here} lies inside of REPO {there}: choose a REPO elsewhere")
 
 
-def _look_at(url: str) -> None:
+def _look_at(
+    url: str, encrypt: bool, key_file: str | None, passphrase_file: str | None
+) -> Secret | None:
     """Find out now what is wrong with the repository: reading the source may take minutes.
 
-    Changes nothing. Raises what opening it does, unless it is only missing.
+    Changes nothing. What opens the encrypted repository that is to be made, if one is. Raises what
+    opening it does, unless it is only missing.
     """
     from ..chunkstore import open_store
     from ..repository.repository import Repository
 
+    given = key_file is not None or passphrase_file is not None
     try:
         with open_store(url) as store:
-            Repository.open(store)
+            if given:
+                unlock_with(store, secret_of(key_file, passphrase_file, url))
+            there = Repository.open(store)
     except (StoreMissing, NotFound):
-        return
+        if given and not encrypt:
+            raise UsageError(
+                f"{url} holds no repository yet: say --encrypt to make an encrypted one"
+            ) from None
+        return secret_of(key_file, passphrase_file, url, new=True) if encrypt else None
+    if not there.form.encrypted and (encrypt or given):
+        raise UsageError(
+            f"{url} is there already and is not encrypted: choose an empty place for an encrypted "
+            "repository"
+        )
+    return None
+
+
+def _keep_key(url: str) -> None:
+    """Who made an encrypted repository here goes on to use it here."""
+    from ..chunkstore import open_store
+    from ..repository import keyring
+    from ..repository.configuration import read_config
+
+    with open_store(url) as store:
+        repository_id = read_config(store).id
+    master = keyring.find(repository_id)
+    if master is not None:
+        path = keyring.keep(repository_id, master)
+        click.echo(
+            f"this host keeps the key until a reboot or `horcrux-cli key lock {url}` ({path})",
+            err=True,
+        )
 
 
 def _list(problems: list[str]) -> None:

@@ -22,6 +22,7 @@ from . import (
     doctor,
     files,
     generate,
+    key,
     repositories,
     settings,
     upkeep,
@@ -83,6 +84,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "This host": (
         cache.cache,
         doctor.doctor,
+        key.key,
         settings.config,
         settings.remote,
         completion.plugin_path,

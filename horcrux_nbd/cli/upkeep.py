@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import config
-from ..errors import Busy, Damaged, UsageError
+from ..errors import Busy, Damaged, KeyRequired, UsageError
 from ..identity import author
 from ..progress import make_progress
 from ..units import format_size
@@ -361,7 +361,11 @@ def _local_objects(stack: contextlib.ExitStack) -> Iterator[Source]:
         yield partial(_chunk_of, cache)
     for name in host.names():
         objects = stack.enter_context(open_objects(host.folder_of(name)))
-        own = Repository(objects, "", MAX_CHUNK)
+        try:
+            form = host.load(name).form
+        except KeyRequired:
+            continue
+        own = Repository(objects, "", MAX_CHUNK, form)
 
         def read(oid: bytes, own: Repository = own) -> bytes | None:
             kind = kind_of(oid)

@@ -21,6 +21,7 @@ from ..names import Version, is_name
 from ..progress import Progress
 from ..units import MiB
 from .commits import DEFAULT_CHUNK, MAX_CHUNK, Commit, now
+from .configuration import copy_keys
 from .listing import Listing
 from .marking import Marking, Roots, Versions, history, read_roots
 from .objects import HEADER, Kind, kind_of, object_key
@@ -78,6 +79,7 @@ def copy(
             f"{store.url} holds another repository than {source.url}: choose an empty place, or "
             "a copy of this one"
         )
+    copy_keys(source, store)
     return _Copy(source, target, author, progress or Progress()).run(versions)
 
 
@@ -148,7 +150,7 @@ class _Copy:
 
     def _want_tag(self, wanted: _Wanted, image: str, name: str, tag: TagRecord) -> None:
         key = f"refs/{image}/tags/{name}"
-        wanted.tags[key] = tag.encode(key)
+        wanted.tags[key] = self._source.refs.encode(key, tag)
 
     def _want_version(self, wanted: _Wanted, version: Version) -> None:
         refs, image = self._source.refs, version.image

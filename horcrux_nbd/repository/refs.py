@@ -28,8 +28,8 @@ from ..errors import (
 )
 from ..names import check_name, is_name
 from .commits import now
-from .objects import Kind, kind_of
-from .records import MAX_RECORD, decode_record, encode_record, text
+from .objects import PLAIN, Form, Kind, kind_of
+from .records import MAX_RECORD, text
 from .sweeps import refuse_during_removal
 
 _TOP = 10**20 - 1
@@ -60,9 +60,10 @@ class BranchRecord:
     why: str
     token: str  # of the writer's own: it finds it and knows that it won
 
-    def encode(self, key: str) -> bytes:
+    def members(self, key: str) -> dict[str, Any]:
+        """What the record at `key` says."""
         commit = self.commit.hex() if self.commit else None
-        return encode_record({**asdict(self), "commit": commit, "key": key})
+        return {**asdict(self), "commit": commit, "key": key}
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,14 @@ class TagRecord:
     time: str
     message: str
 
-    def encode(self, key: str) -> bytes:
-        return encode_record({**asdict(self), "commit": self.commit.hex(), "key": key})
+    def members(self, key: str) -> dict[str, Any]:
+        """What the record at `key` says."""
+        return {**asdict(self), "commit": self.commit.hex(), "key": key}
 
 
-def _decode(data: bytes, key: str, url: str, fields: tuple[str, ...]) -> dict[str, Any]:
+def _decode(data: bytes, key: str, url: str, fields: tuple[str, ...], form: Form) -> dict[str, Any]:
     what = f"{url}: ref {key}"
-    value = decode_record(data, what)
+    value = form.decode_record(key, data, what)
     try:
         found: dict[str, Any] = {name: text(value[name]) for name in fields}
         commit = value["commit"]
@@ -97,8 +99,12 @@ def _decode(data: bytes, key: str, url: str, fields: tuple[str, ...]) -> dict[st
 class Refs:
     """The refs of one repository."""
 
-    def __init__(self, store: ChunkStore) -> None:
-        self._store = store
+    def __init__(self, store: ChunkStore, form: Form = PLAIN) -> None:
+        self._store, self._form = store, form
+
+    def encode(self, key: str, record: BranchRecord | TagRecord) -> bytes:
+        """A record for `key` as it is stored."""
+        return self._form.encode_record(key, record.members(key))
 
     # ---- what is there
 
@@ -147,7 +153,7 @@ class Refs:
 
     def _read(self, key: str, fields: tuple[str, ...]) -> dict[str, Any]:
         data = self._store.get(key, 0, MAX_RECORD + 1)
-        return _decode(data, key, self._store.url, fields)
+        return _decode(data, key, self._store.url, fields, self._form)
 
     def head(self, image: str, branch: str) -> BranchRecord | None:
         """The newest record, also that of a deletion; None if there never was such a branch."""
@@ -229,7 +235,7 @@ class Refs:
         record = BranchRecord(number, commit, author, now(), why, secrets.token_hex(16))
         key = f"{prefix}{_TOP - number:020d}"
         try:
-            self._store.put_exclusive(key, record.encode(key))
+            self._store.put_exclusive(key, self.encode(key, record))
         except (KeyExists, StoreUnavailable) as error:
             # Perhaps our own, whose answer got lost on the way.
             try:
@@ -264,7 +270,9 @@ class Refs:
         key = f"refs/{check_name('image', image)}/tags/{check_name('tag', tag)}"
         refuse_during_removal(self._store)
         try:
-            self._store.put_exclusive(key, TagRecord(commit, author, now(), message).encode(key))
+            self._store.put_exclusive(
+                key, self.encode(key, TagRecord(commit, author, now(), message))
+            )
         except KeyExists:
             there = self.tag(image, tag)
             if there is None or there.commit != commit:
@@ -280,7 +288,7 @@ class Refs:
         key = self.shallow_key(image, commit)
         members = {"author": author, "key": key, "time": now(), "why": why}
         with contextlib.suppress(KeyExists):
-            self._store.put_exclusive(key, encode_record(members))
+            self._store.put_exclusive(key, self._form.encode_record(key, members))
 
     def delete_tag(self, image: str, tag: str) -> None:
         """Remove a tag, also a damaged one; raises NotFound."""

@@ -14,10 +14,11 @@ from ..chunkstore.base import ChunkStore
 from ..errors import Damaged, EnvironmentProblem, HorcruxError, KeyNotFound, NotFound, StoreError
 from ..progress import Progress
 from .commits import MAX_CHUNK
-from .objects import Kind, encode, key_id, kind_of, object_id, object_key
+from .configuration import CONFIG_KEY
+from .objects import PLAIN, Form, Kind, key_id, kind_of, object_key
 from .records import MAX_RECORD, decode_record
 from .refs import BranchRecord, Refs
-from .repository import CONFIG_KEY, Repository
+from .repository import Repository
 from .verify import Problem, Report, verify
 
 # What may hold the plaintext of an object: None where it does not. What it gives is proven.
@@ -61,11 +62,12 @@ class _Repair:
         self._mirrors = [Repository.open(mirror) for mirror in mirrors]
         self._sources = [*sources, *map(_of_mirror, self._mirrors)]
         self._done = Repaired()
+        self._form: Form = PLAIN
 
     def run(self) -> Repaired:
         self._check_mirrors()
         while True:
-            report = verify(self._store, data=True, progress=self._progress)
+            report = verify(self._store, data=True, form=self._form, progress=self._progress)
             before = len(self._done.mended)
             for problem in report.problems:
                 self._mend(problem)
@@ -77,8 +79,11 @@ class _Repair:
     def _check_mirrors(self) -> None:
         """Those of another repository would be a disaster; a damaged configuration names none."""
         ids = {mirror.id: mirror.url for mirror in self._mirrors}
+        for mirror in self._mirrors:
+            self._form = mirror.form
         with contextlib.suppress(Damaged, NotFound):
             own = Repository.open(self._store)
+            self._form = own.form
             ids.setdefault(own.id, own.url)
         if len(ids) > 1:
             raise Damaged(
@@ -91,6 +96,10 @@ class _Repair:
             self._mend_object(oid)
         elif problem.key == CONFIG_KEY:
             self._mend_with(problem.key, decode_record)
+        elif problem.key.startswith("keys/"):
+            from .keys import decode_slot
+
+            self._mend_with(problem.key, decode_slot)
         elif "/heads/" in problem.key:
             self._mend_branch(problem.key)
         elif "/tags/" in problem.key:
@@ -102,8 +111,8 @@ class _Repair:
             return
         for source in self._sources:
             plain = source(oid)
-            if plain is not None and object_id(kind, plain) == oid:
-                self._put(key, encode(kind, plain))
+            if plain is not None and self._form.object_id(kind, plain) == oid:
+                self._put(key, self._form.encode(kind, plain, oid))
                 return
 
     def _put(self, key: str, data: bytes) -> None:
@@ -133,7 +142,7 @@ class _Repair:
     def _mend_branch(self, key: str) -> None:
         """The record `key`, and those missing before it, as a mirror has them."""
         _, image, _, branch, _ = key.split("/")
-        here = Refs(self._store)
+        here = Refs(self._store, self._form)
         keys = here.record_keys(image, branch)
         for mirror in self._mirrors:
             for wanted in [key, *_gap(key, keys)]:

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..chunkstore.base import ChunkStore
 from ..errors import (
     Damaged,
-    EnvironmentProblem,
     KeyExists,
     KeyNotFound,
     NotFound,
@@ -27,27 +27,33 @@ from ..errors import (
 )
 from ..names import Version, looks_like_id
 from .commits import DEFAULT_CHUNK, MAX_COMMIT, Commit, check_chunk_size, now
+from .configuration import (
+    CONFIG_KEY,
+    FORMAT,
+    HASH,
+    copy_keys,
+    first_key,
+    form_of,
+    read_config,
+)
 from .index import NODE_SIZE, Index
 from .objects import (
     ID_SIZE,
+    PLAIN,
+    Form,
     Kind,
-    decode,
-    encode,
     key_id,
     kind_of,
-    max_stored,
-    object_id,
     object_key,
 )
 from .patch import max_patch_size, resolve
-from .records import MAX_RECORD, decode_record, encode_record, integer, text
+from .records import MAX_RECORD, encode_record
 from .refs import Refs, suggest
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .keys import Secret
 
-CONFIG_KEY = "horcrux.json"
-FORMAT = 1
-HASH = "blake3-248-kind"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,16 +63,18 @@ class Resolved:
     version: Version
     id: bytes
     commit: Commit
+    form: Form = PLAIN  # of its repository
 
 
 class Repository:
     """An open repository. Safe to use from any number of threads."""
 
-    def __init__(self, store: ChunkStore, id: str, chunk_size: int) -> None:
+    def __init__(self, store: ChunkStore, id: str, chunk_size: int, form: Form = PLAIN) -> None:
         self.store = store
+        self.form = form  # how objects and records are named and stored
         self.id = id  # tells repositories apart, whatever their URL; a copy keeps it
         self.chunk_size = chunk_size  # for new images, bytes
-        self.refs = Refs(store)
+        self.refs = Refs(store, form)
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._pool_of = 0
@@ -79,58 +87,52 @@ class Repository:
 
     @classmethod
     def open(cls, store: ChunkStore) -> Repository:
-        """The repository in `store`. Raises NotFound where there is none, Damaged, StoreError."""
-        try:
-            data = store.get(CONFIG_KEY, 0, MAX_RECORD + 1)
-        except KeyNotFound:
-            raise NotFound(
-                f"{store.url} holds no Horcrux repository (no {CONFIG_KEY}): check the URL, or "
-                "make one with `horcrux-cli generate`"
-            ) from None
-        what = f"{store.url}: {CONFIG_KEY}"
-        config = decode_record(data, what)
-        try:
-            form, hash_name = integer(config["format"]), text(config["hash"])
-            features = [text(feature) for feature in config["features"]]
-            repository_id, chunk_size = text(config["id"]), integer(config["chunk_size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{what} is damaged ({error!r}): restore it from a copy") from None
-        if form != FORMAT or hash_name != HASH or features:
-            raise EnvironmentProblem(
-                f"{store.url} is a repository of format {form} ({hash_name}, needs "
-                f"{', '.join(features) or 'no extras'}), newer than this program, which reads "
-                f"format {FORMAT} ({HASH}): upgrade horcrux-nbd"
-            )
-        try:
-            return cls(store, repository_id, check_chunk_size(chunk_size))
-        except UsageError as error:
-            raise Damaged(f"{what} is damaged ({error})") from None
+        """The repository in `store`; an encrypted one by the key that this host has (keyring.py).
+
+        Raises NotFound where there is none, KeyRequired, Damaged, StoreError.
+        """
+        config = read_config(store)
+        return cls(store, config.id, config.chunk_size, form_of(store, config))
 
     @classmethod
     def create(
-        cls, store: ChunkStore, chunk_size: int = DEFAULT_CHUNK, copy_of: Repository | None = None
+        cls,
+        store: ChunkStore,
+        chunk_size: int = DEFAULT_CHUNK,
+        copy_of: Repository | None = None,
+        secret: Secret | None = None,
     ) -> Repository:
         """Make a repository in `store`, or open the one that is there already.
 
-        `copy_of` another it has the same configuration, and is the same one: its id too.
+        `copy_of` another it has the same configuration, and is the same one: its id and its keys
+        too. With a `secret` it is encrypted, and that opens it; UsageError where it is there and is
+        not encrypted.
         """
         check_chunk_size(chunk_size)
         store.prepare()
         try:
-            return cls.open(store)
+            there = cls.open(store)
         except NotFound:
             pass
+        else:
+            if secret is not None and not there.form.encrypted:
+                raise UsageError(
+                    f"{store.url} is there already and is not encrypted: choose an empty place for "
+                    "an encrypted one"
+                )
+            return there
         if next(store.list(limit=1), None) is not None:
-            there = set(store.children(""))
-            if CONFIG_KEY in there:  # made by somebody else since we looked
+            names = set(store.children(""))
+            if CONFIG_KEY in names:  # made by somebody else since we looked
                 return cls.open(store)
-            if there - {"probe"}:  # what an interrupted `create` leaves
+            names -= {"probe", "keys"}  # what an interrupted `create` leaves
+            if names:
                 raise StoreError(
-                    f"{store.url} holds something else already ({min(there - {'probe'})}): choose "
+                    f"{store.url} holds something else already ({min(names)}): choose "
                     "an empty place, or a folder (a prefix) below it"
                 )
         check_exclusive_create(store)
-        config = {
+        config: dict[str, Any] = {
             "chunk_size": chunk_size,
             "created": now(),
             "features": [],
@@ -138,13 +140,19 @@ class Repository:
             "hash": HASH,
             "id": secrets.token_hex(16),
         }
+        made = None
+        if secret is not None and copy_of is None:
+            made = first_key(store, config, secret)
         data = encode_record(config, indent=2)
         if copy_of is not None:
             data = copy_of.store.get(CONFIG_KEY, 0, MAX_RECORD + 1)
+            copy_keys(copy_of, store)
         try:
             store.put_exclusive(CONFIG_KEY, data)
         except KeyExists:  # somebody made it at the same moment
             log.info("%s was made by somebody else just now", store.url)
+            if made is not None:
+                store.delete(made)
         return cls.open(store)
 
     # ---- objects
@@ -179,17 +187,18 @@ class Repository:
         bound = self.max_plain(kinds, chunk_size)
         try:
             # One byte more than can be: a longer object shows, and costs no more memory.
-            data = self.store.get(object_key(oid), 0, max_stored(bound) + 1)
+            most = self.form.max_stored(bound) + 1
+            data = self.store.get(object_key(oid), 0, most)
         except KeyNotFound:
             raise Damaged(
                 f"object {oid.hex()} is missing in {self.url}: `horcrux-cli verify` lists what is"
             ) from None
         try:
-            return *decode(data, oid, kinds, bound, self.url), data
+            return *self.form.decode(data, oid, kinds, bound, self.url), data
         except Damaged as error:
-            for store, copy in self.store.copies(object_key(oid), max_stored(bound) + 1):
+            for store, copy in self.store.copies(object_key(oid), most):
                 with contextlib.suppress(Damaged):
-                    sound = *decode(copy, oid, kinds, bound, store.url), copy
+                    sound = *self.form.decode(copy, oid, kinds, bound, store.url), copy
                     log.warning(
                         "%s: %s has it sound; `horcrux-cli repair` mends it", error, store.url
                     )
@@ -236,8 +245,8 @@ class Repository:
 
     def write_object(self, kind: Kind, plain: bytes) -> bytes:
         """Store one object, whether it is there or not; its id."""
-        oid = object_id(kind, plain)
-        self.store.put(object_key(oid), encode(kind, plain))
+        oid = self.form.object_id(kind, plain)
+        self.store.put(object_key(oid), self.form.encode(kind, plain, oid))
         return oid
 
     def read_commit(self, oid: bytes) -> Commit:
@@ -285,7 +294,7 @@ class Repository:
                 raise NotFound(
                     f"{version}: what was before {version.image}@{child.hex()[:12]} was removed"
                 ) from None
-        return Resolved(version, oid, commit)
+        return Resolved(version, oid, commit, self.form)
 
     def _base(self, image: str, name: str) -> bytes | None:
         head = self.refs.head(image, name)

@@ -25,20 +25,21 @@ from ..progress import Progress
 from ..units import MiB
 from .affected import affected, read_table, version_name
 from .commits import DEFAULT_CHUNK, MAX_CHUNK, MAX_COMMIT, Commit
+from .configuration import CONFIG_KEY
 from .index import MAX_LEVELS, NODE_SIZE, table_ids
 from .listing import Listing
 from .objects import (
     HEADER,
     NULL_ID,
+    PLAIN,
+    Form,
     Kind,
-    decode,
     kind_of,
-    max_stored,
     object_key,
 )
 from .patch import Patch, check_chunk, max_patch_size
 from .refs import BranchRecord
-from .repository import CONFIG_KEY, Repository
+from .repository import Repository
 
 MAX_PROBLEMS = 1000  # told one by one; beyond, they are counted
 MAX_TOLD = 100_000  # objects counted once each; beyond, each time that something names them
@@ -95,21 +96,23 @@ def verify(
     image: str | None = None,
     version: Version | None = None,
     data: bool = False,
+    form: Form = PLAIN,
     progress: Progress | None = None,
 ) -> Report:
     """Verify the repository in `store`: all of it, one `image`, or one `version` (no ancestors).
 
-    Damage never raises: it is in the report. Raises NotFound where there is no repository, image
-    or version, EnvironmentProblem for a newer format, StoreError for trouble with the store.
+    `form` is its form where horcrux.json does not tell (a mirror has it). Damage never raises: it
+    is in the report. Raises NotFound where there is no repository, image or version,
+    EnvironmentProblem for a newer format, StoreError for trouble with the store.
     """
-    return _Verifier(store, data, progress or Progress()).run(image, version)
+    return _Verifier(store, data, form, progress or Progress()).run(image, version)
 
 
 class _Verifier:
-    def __init__(self, store: ChunkStore, data: bool, progress: Progress) -> None:
+    def __init__(self, store: ChunkStore, data: bool, form: Form, progress: Progress) -> None:
         self._store, self._data, self._progress = store, data, progress
         self._report = Report()
-        self._repository = Repository(store, "", DEFAULT_CHUNK)
+        self._repository = Repository(store, "", DEFAULT_CHUNK, form)
         self._listing = Listing()
         self._commits: dict[bytes, Commit] = {}
         self._bad: dict[bytes, str] = {}  # of the problems that are told one by one
@@ -201,6 +204,26 @@ class _Verifier:
             if not self._repository.refs.images():
                 raise
             self._problem(CONFIG_KEY, f"{self._store.url}: {CONFIG_KEY} is missing")
+        if self._repository.form.encrypted:
+            self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Whoever has none of the keys of an encrypted repository is locked out."""
+        from .keys import read_slot, slot_keys
+
+        sound = 0
+        for key in slot_keys(self._store):
+            try:
+                read_slot(self._store, key)
+                sound += 1
+            except _BAD as error:
+                self._problem(key, str(error))
+        if not sound:
+            self._problem(
+                CONFIG_KEY,
+                f"{self._store.url}: no sound key is left: who has unlocked it adds one with "
+                "`horcrux-cli key add`",
+            )
 
     def _read_version(self, version: Version) -> None:
         self._report.images = 1
@@ -291,7 +314,7 @@ class _Verifier:
             return None
         self._listing.marks[at] = bits | _REFERENCED | (_PROVEN if proven else 0)
         size = self._listing.sizes[at]
-        if not HEADER.size < size <= max_stored(max_plain):
+        if not HEADER.size < size <= self._repository.form.max_stored(max_plain):
             self._bad_object(oid, f"object {oid.hex()} has {size} bytes, which cannot be")
             return None
         return at
@@ -416,13 +439,14 @@ class _Verifier:
         assert kind is not None
         chunk_size = 1 << bits if bits else MAX_CHUNK
         bound = self._repository.max_plain((kind,), chunk_size)
+        form = self._repository.form
         try:
-            data = self._store.get(object_key(oid), 0, max_stored(bound) + 1)
+            data = self._store.get(object_key(oid), 0, form.max_stored(bound) + 1)
         except KeyNotFound:
             if bits:
                 raise Damaged(f"object {oid.hex()} is missing in {self._store.url}") from None
             return  # an unreferenced one, removed since it was listed
-        plain = decode(data, oid, (kind,), bound, self._store.url)[1]
+        plain = form.decode(data, oid, (kind,), bound, self._store.url)[1]
         if bits and kind is Kind.CHUNK:
             check_chunk(plain, oid, chunk_size)
 

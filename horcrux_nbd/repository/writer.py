@@ -22,7 +22,7 @@ from ..units import MiB, format_size
 from .commits import Commit
 from .index import Index, update
 from .listing import Listing
-from .objects import HEADER, NULL_ID, Kind, encode, max_stored, object_id, object_key
+from .objects import HEADER, NULL_ID, Kind, object_key
 from .refs import BranchRecord
 from .repository import Repository
 from .sweeps import Sweeps
@@ -127,7 +127,8 @@ class ObjectWriter:
         """Store an object here and now unless it is there; its id."""
         if kind is Kind.CHUNK and not any_bytes(plain):
             return NULL_ID
-        oid = oid or object_id(kind, plain)
+        form = self.repository.form
+        oid = oid or form.object_id(kind, plain)
         with self._condition:
             fresh = oid not in self._used
             self._used.add(oid)  # a second writer of the same bytes need not store them too
@@ -136,7 +137,7 @@ class ObjectWriter:
                 with self._condition:
                     self.written.known_objects += 1
                 return oid
-            data = encode(kind, plain)
+            data = form.encode(kind, plain, oid)
             self.repository.store.put(object_key(oid), data)
         except BaseException:
             with self._condition:
@@ -161,7 +162,7 @@ class ObjectWriter:
                 size = self.repository.store.stat(object_key(oid)).size
             except KeyNotFound:
                 return False
-        return HEADER.size < size <= max_stored(length)
+        return HEADER.size < size <= self.repository.form.max_stored(length)
 
     def drain(self) -> None:
         """Wait until all that was submitted is in the store. Raises the first error."""
@@ -222,7 +223,7 @@ def write_index(
     """
 
     def store(plain: bytes) -> bytes:
-        oid = object_id(Kind.NODE, plain)
+        oid = writer.repository.form.object_id(Kind.NODE, plain)
         if plain[0] > 0:
             writer.drain()
         writer.submit_as(oid, Kind.NODE, plain)

@@ -206,7 +206,7 @@ def _pack(session: Session, progress: Progress) -> _Made:
             stack.callback(layer.close)
             layers.append(layer)
         index = local.index(base, remote_node(session.remote))
-        own = Repository(local.store, state.repository_id, state.chunk_size)
+        own = Repository(local.store, state.repository_id, state.chunk_size, local.form)
         writer = stack.enter_context(ObjectWriter(own))
 
         def fetch(oid: bytes) -> bytes:

@@ -19,7 +19,7 @@ from .. import host, server
 from ..attach.base import Attachment
 from ..errors import Busy, HorcruxError, NotFound, UsageError
 from ..repository.commits import Commit, now
-from ..repository.objects import Kind, encode, object_id, object_key
+from ..repository.objects import Kind, object_key
 from ..units import format_size
 from ..volume import state as states
 from ..volume.blockmap import BASE
@@ -168,7 +168,8 @@ def _go(
         )
     if size and changes is Changes.STASH:
         members["stash"] = (_stash_of(state, message), *state.stash)
-    session.local.store.put(object_key(oid), encode(Kind.COMMIT, plain))
+    local = session.local
+    local.store.put(object_key(oid), local.form.encode(Kind.COMMIT, plain, oid))
     session.local.store.sync()
     line = {found.hex() for found, _ in session.local.commits(oid)}
     members["kept"] = tuple(
@@ -337,7 +338,7 @@ def revert(
         )
         plain = made.encode()
         with at_rest(session, remount):
-            oid = object_id(Kind.COMMIT, plain)
+            oid = session.local.form.object_id(Kind.COMMIT, plain)
             return _go(session, oid, plain, "revert", made.message, changes)
 
 

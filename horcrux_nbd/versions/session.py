@@ -49,7 +49,7 @@ class Session:
                 stack.callback(lock.release)
             state = host.load(self.name)  # it may have been removed while we waited
             self.cache = stack.enter_context(opened_cache())
-            self.local = LocalObjects(self.folder, self.cache, state.chunk_size)
+            self.local = LocalObjects(self.folder, self.cache, state.chunk_size, state.form)
             stack.callback(self.local.close)
             self._stack = stack.pop_all()
         return self
@@ -84,7 +84,8 @@ class Session:
 
     def local_of(self, name: str) -> LocalObjects:
         """What another volume has on this host; to be closed by the caller."""
-        return LocalObjects(host.folder_of(name), self.cache, host.load(name).chunk_size)
+        state = host.load(name)
+        return LocalObjects(host.folder_of(name), self.cache, state.chunk_size, state.form)
 
     @property
     def remote(self) -> Repository:
@@ -93,7 +94,9 @@ class Session:
             state = self.state
             store = open_store(state.repository, limit=self.limit, check=False)
             self._stack.callback(store.close)
-            self._offline = Repository(store, state.repository_id, state.chunk_size)
+            self._offline = Repository(
+                store, state.repository_id, state.chunk_size, self.local.form
+            )
         return self._offline
 
     @property
@@ -107,7 +110,8 @@ class Session:
             store = open_store(state.repository, limit=self.limit)
             self._stack.callback(store.close)
             self._online = Repository.open(store)
-            if self._online.id != state.repository_id:
+            other = self._online.form.encrypted != state.encrypted
+            if other or self._online.id != state.repository_id:
                 self._online = None
                 raise UsageError(
                     f"{state.repository} is another repository now than volume {self.name} was "

@@ -17,7 +17,7 @@ from ..chunkstore.base import ChunkStore
 from ..errors import KeyNotFound, NotFound
 from ..repository.commits import MAX_COMMIT, Commit
 from ..repository.index import NODE_SIZE, Index
-from ..repository.objects import NULL_ID, Kind, decode, key_id, kind_of, max_stored, object_key
+from ..repository.objects import NULL_ID, Form, Kind, key_id, kind_of, object_key
 from ..repository.patch import BLOCK_BITS, Patch, max_patch_size
 from ..repository.repository import Repository
 from ..units import MiB
@@ -35,9 +35,10 @@ def open_objects(folder: Path, *, create: bool = False) -> ChunkStore:
 class LocalObjects:
     """Reads of what is on this host, and of nothing else. Safe for several threads."""
 
-    def __init__(self, folder: Path, cache: Cache, chunk_size: int) -> None:
+    def __init__(self, folder: Path, cache: Cache, chunk_size: int, form: Form) -> None:
         self.store = open_objects(folder)
-        self._own = Repository(self.store, "", chunk_size)
+        self.form = form  # of the repository, which these objects go to one day
+        self._own = Repository(self.store, "", chunk_size, form)
         self._cache, self._chunk_size = cache, chunk_size
         self._patches: OrderedDict[bytes, Patch] = OrderedDict()
         self._patch_blocks = 0
@@ -114,7 +115,7 @@ class LocalObjects:
         return node if node is not None else self._read(oid, Kind.NODE, NODE_SIZE)
 
     def _read(self, oid: bytes, kind: Kind, bound: int) -> bytes | None:
-        return _read(self.store, oid, kind, bound)
+        return _read(self.store, self.form, oid, kind, bound)
 
     def index(self, commit: Commit, remote: Callable[[bytes], bytes] | None = None) -> Index:
         """The index of a version; a node that is not here comes from `remote`, or is NotFound."""
@@ -165,7 +166,7 @@ class LocalObjects:
         """The commits from `tip` on, first parents, as far as they are the volume's own, and before
         the one with the id `stop` (hex).
         """
-        yield from own_commits(self.store, tip, stop)
+        yield from own_commits(self.store, self.form, tip, stop)
 
     def close(self) -> None:
         self.store.close()
@@ -177,12 +178,12 @@ def remote_node(repository: Repository) -> Callable[[bytes], bytes]:
 
 
 def own_commits(
-    store: ChunkStore, tip: bytes, stop: str | None = None
+    store: ChunkStore, form: Form, tip: bytes, stop: str | None = None
 ) -> Iterator[tuple[bytes, Commit]]:
     """As `LocalObjects.commits`, of a volume's own objects alone. Raises Damaged."""
     oid: bytes | None = tip
     while oid is not None and oid.hex() != stop:
-        plain = _read(store, oid, Kind.COMMIT, MAX_COMMIT)
+        plain = _read(store, form, oid, Kind.COMMIT, MAX_COMMIT)
         if plain is None:
             return
         commit = Commit.decode(plain)
@@ -190,9 +191,9 @@ def own_commits(
         oid = commit.parents[0] if commit.parents else None
 
 
-def _read(store: ChunkStore, oid: bytes, kind: Kind, bound: int) -> bytes | None:
+def _read(store: ChunkStore, form: Form, oid: bytes, kind: Kind, bound: int) -> bytes | None:
     try:
-        data = store.get(object_key(oid), 0, max_stored(bound) + 1)
+        data = store.get(object_key(oid), 0, form.max_stored(bound) + 1)
     except KeyNotFound:
         return None
-    return decode(data, oid, (kind,), bound, store.url)[1]
+    return form.decode(data, oid, (kind,), bound, store.url)[1]

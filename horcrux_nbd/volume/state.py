@@ -19,10 +19,11 @@ from blake3 import blake3
 
 from .. import files
 from ..chunkstore import open_store, parse_store_url
-from ..errors import Damaged, EnvironmentProblem, NotFound, UsageError
+from ..errors import Damaged, EnvironmentProblem, KeyRequired, NotFound, UsageError
 from ..names import DEFAULT_BRANCH, Version, check_name
 from ..repository.commits import Commit, check_chunk_size, now
-from ..repository.objects import ID_SIZE, Kind, encode, object_key
+from ..repository.keyring import form_of_host
+from ..repository.objects import ID_SIZE, Form, Kind, object_key
 from ..repository.repository import Repository, Resolved
 from .layer import Layer
 from .local import OBJECTS, open_objects
@@ -109,7 +110,24 @@ class VolumeState:
     # Such commits that no branch has any more; `reflog --expire` lets them go.
     kept: tuple[Line, ...] = ()
     stash: tuple[Stash, ...] = ()  # newest first
+    encrypted: bool = False  # the repository is, and so are the volume's own objects
     version: int = 1
+
+    @property
+    def form(self) -> Form:
+        """How the repository and the volume's own objects are stored. Raises KeyRequired where
+        they are encrypted and this host does not have the key.
+        """
+        return form_of_host(self.repository_id, self.repository, encrypted=self.encrypted)
+
+    @property
+    def lacks_key(self) -> str:
+        """What is to be done where this host lacks the key; nothing where it has it."""
+        try:
+            form_of_host(self.repository_id, self.repository, encrypted=self.encrypted)
+        except KeyRequired as error:
+            return str(error)
+        return ""
 
     @property
     def asked(self) -> Version:
@@ -260,12 +278,15 @@ def create_volume(
         read_only=read_only,
         mirrors=tuple(mirrors),
         upstream=resolved.id.hex(),
+        encrypted=repository.form.encrypted,
     )
     files.make_folder(folder, 0o700)
     # As it is stored, not as this release would write it: a later one may have said more in it.
     plain = repository.read_object(resolved.id, (Kind.COMMIT,))[1]
     with open_objects(folder, create=True) as objects:
-        objects.put(object_key(resolved.id), encode(Kind.COMMIT, plain))
+        objects.put(
+            object_key(resolved.id), repository.form.encode(Kind.COMMIT, plain, resolved.id)
+        )
         objects.sync()
     Layer.create(layer_folder(folder, layer), bytes.fromhex(layer.id), commit.size).close()
     state.save(folder)
@@ -275,7 +296,7 @@ def create_volume(
 def base_commit(folder: Path, state: VolumeState) -> Commit:
     """The base's commit, from the volume's own objects. Raises Damaged."""
     with open_objects(folder) as objects:
-        local = Repository(objects, state.repository_id, state.chunk_size)
+        local = Repository(objects, state.repository_id, state.chunk_size, state.form)
         commit = local.read_commit(bytes.fromhex(state.base))
     if (commit.size, commit.chunk_size, commit.image) != (
         state.size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import NotFound
+from ..errors import KeyRequired, NotFound
 from ..repository.index import Index
 from .cache import Cache
 from .layer import BLOCK_SIZE, Layer
@@ -36,7 +36,10 @@ def survey(folder: Path, state: VolumeState, cache_folder: Path) -> Survey:
         written, zeroed = written + data * BLOCK_SIZE, zeroed + zero * BLOCK_SIZE
         disk += layer.allocated()
         layer.close()
-    cached, total = _cached(folder, state, cache_folder)
+    try:
+        cached, total = _cached(folder, state, cache_folder)
+    except KeyRequired:  # what is written here can be told all the same
+        cached = total = None
     return Survey(written, zeroed, disk, cached, total)
 
 

@@ -11,6 +11,7 @@ from .. import files, paths
 from ..chunkstore import open_mirrored, open_store
 from ..errors import UsageError
 from ..repository.commits import Commit
+from ..repository.objects import Form
 from ..repository.repository import Repository, Resolved
 from . import sealing
 from . import state as states
@@ -94,12 +95,13 @@ class Volume:
             # Only now: of a state that fits what is there, it can be said what does not belong.
             states.sweep_layers(folder, state)
             cache_ = _open_cache(cache, cache_size, resources)
-            local = LocalObjects(folder, cache_, state.chunk_size)
+            local = LocalObjects(folder, cache_, state.chunk_size, state.form)
             resources.append(Closable(local.close))
             repository = _open_repository(
                 state.repository,
                 state.repository_id,
                 commit,
+                local.form,
                 store_limit,
                 resources,
                 state.mirrors,
@@ -128,7 +130,9 @@ class Volume:
         resources: list[Closable] = []
         try:
             cache_ = _open_cache(cache, cache_size, resources)
-            opened = _open_repository(repository, "", resolved.commit, store_limit, resources)
+            opened = _open_repository(
+                repository, "", resolved.commit, resolved.form, store_limit, resources
+            )
             base = Base(opened, resolved.commit, cache_)
         except BaseException:
             _close(resources)
@@ -262,6 +266,7 @@ def _open_repository(
     url: str,
     repository_id: str,
     commit: Commit,
+    form: Form,
     limit: float,
     resources: list[Closable],
     mirrors: Sequence[str] = (),
@@ -269,7 +274,7 @@ def _open_repository(
     # Nothing is asked of the store here: a volume whose data is all local opens without it.
     store = open_mirrored(url, mirrors, limit=limit, check=False)
     resources.append(Closable(store.close))
-    return Repository(store, repository_id, commit.chunk_size)
+    return Repository(store, repository_id, commit.chunk_size, form)
 
 
 def _open_cache(folder: Path | None, size: int | None, resources: list[Closable]) -> Cache:
