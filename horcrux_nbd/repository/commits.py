@@ -15,7 +15,7 @@ from ..errors import Damaged, EnvironmentProblem, UsageError
 from ..names import check_name
 from ..units import KiB, MiB, format_size
 from .index import MAX_LEVELS, levels_for
-from .objects import NULL_ID, Kind, kind_of, object_id
+from .objects import NULL_ID, Kind, kind_of
 from .patch import BLOCK_SIZE
 from .records import canonical, integer, parse, text
 
@@ -96,10 +96,6 @@ class Commit:
         except Damaged as error:
             raise UsageError(f"this commit cannot be: {error}") from None
         return plain
-
-    @property
-    def id(self) -> bytes:
-        return object_id(Kind.COMMIT, self.encode())
 
     @classmethod
     def decode(cls, plain: bytes) -> Commit:

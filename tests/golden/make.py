@@ -101,8 +101,9 @@ class Image:
                 message=message,
                 **members,
             )
-            publish_commit(writer, commit, branch, parent, f"commit: {message}")
-        self.versions[commit.id.hex()] = {
+            record = publish_commit(writer, commit, branch, parent, f"commit: {message}")
+        assert record.commit is not None
+        self.versions[record.commit.hex()] = {
             "image": self.name,
             "size": size,
             "chunks": {
@@ -110,7 +111,7 @@ class Image:
                 for number, plain in sorted(self.plain.items())
             },
         }
-        return commit.id
+        return record.commit
 
 
 def make(store: ChunkStore) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_verify_and_repair_of_keys_and_objects(store: MemoryStore) -> None:
 
 def test_gc_of_an_encrypted_repository(store: MemoryStore) -> None:
     collector = Collector(Repository.open(store), pinned={}, author="test")
-    done = collector.run(Rules(keep_last=1), None, grace=False)
+    done = collector.run(Rules(last=1), None, grace=False)
     assert done.removed_objects > 0
     assert keys.slot_keys(store)
     assert verify(store, data=True).ok
