@@ -187,7 +187,8 @@ def make(store: ChunkStore) -> dict[str, Any]:
 
     # History that was removed: the parent of this version is told to be gone on purpose.
     cut = Image(repository, "cut", 64 * KiB)
-    gone = Commit("cut", 0, 64 * KiB, NULL_ID, author=AUTHOR, time="2025-12-31T23:59:59Z").id
+    removed = Commit("cut", 0, 64 * KiB, NULL_ID, author=AUTHOR, time="2025-12-31T23:59:59Z")
+    gone = repository.form.object_id(Kind.COMMIT, removed.encode())
     cut.chunk(0, prose("after the cut", 64 * KiB))
     oid = cut.commit(64 * KiB, "the oldest that is left", extra_parents=(gone,))
     key = f"refs/cut/shallow/{oid.hex()}"
