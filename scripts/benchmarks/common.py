@@ -23,14 +23,29 @@ class Missing(Exception):
     """A program that a benchmark needs; its message says how to get it."""
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A ratio that was measured, against the one that is asked for: higher is better in both."""
+
+    what: str
+    asked: float
+    measured: float
+
+    @property
+    def reached(self) -> bool:
+        return self.measured >= self.asked
+
+
 @dataclass
 class Table:
-    """Rows of text under `head`, with notes below."""
+    """Rows of text under `head`, with notes below. `figures` are the numbers behind them."""
 
     title: str
     head: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
     def markdown(self) -> str:
         lines = [f"### {self.title}", "", "| " + " | ".join(self.head) + " |"]

@@ -18,7 +18,7 @@ TITLE = "Page updates"
 SCALE = int(os.environ.get("SCALE", "150"))  # of pgbench; 150 is about 2.5 GB
 PAGES = 1000
 PAGE = 8192
-ROUNDS = 3
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
 
 
 def update(folder: Path, chance: random.Random) -> bytes:

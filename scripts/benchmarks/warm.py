@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import statistics
 from pathlib import Path
@@ -13,8 +14,8 @@ from .common import Table, cli, in_turn, median_ratio, nbdkit, need, run
 
 TITLE = "Warm reads"
 SIZE = 512 << 20
-SECONDS = 3
-ROUNDS = 5
+SECONDS = int(os.environ.get("SECONDS", "3"))
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
 
 JOBS = {
     "1 MiB sequential read": ["--rw=read", "--bs=1m", "--iodepth=8"],
