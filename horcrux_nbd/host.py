@@ -32,6 +32,7 @@ from .units import format_size
 from .volume import state as states
 from .volume.base import WAIT_FACTOR
 from .volume.local import open_objects, own_commits
+from .volume.options import FillOptions
 from .volume.state import VolumeState, create_volume
 from .volume.survey import Survey, survey
 from .volume.volume import STORE_LIMIT
@@ -142,7 +143,14 @@ def _attach_state(name: str) -> Path:
 # ---- make and remove
 
 
-def create(name: str, url: str, version: Version, *, read_only: bool = False) -> VolumeState:
+def create(
+    name: str,
+    url: str,
+    version: Version,
+    *,
+    read_only: bool = False,
+    fill: FillOptions | None = None,
+) -> VolumeState:
     """Make a volume of a version. Looks the version up; fetches nothing.
 
     Raises UsageError if it exists already, NotFound, StoreError.
@@ -156,7 +164,9 @@ def create(name: str, url: str, version: Version, *, read_only: bool = False) ->
         _check_mirrors(repository, url, mirrors)
         resolved = repository.resolve(version)
         with locked(name):
-            return create_volume(folder, repository, resolved, read_only=read_only, mirrors=mirrors)
+            return create_volume(
+                folder, repository, resolved, read_only=read_only, mirrors=mirrors, fill=fill
+            )
 
 
 def _check_mirrors(repository: Repository, url: str, mirrors: Sequence[str]) -> None:
@@ -435,6 +445,17 @@ def umount(name_or_folder: str, *, force: bool = False) -> str:
         if not mounted and not was_attached:
             raise NotFound(f"volume {name} is not mounted")
     return name
+
+
+def touched(name: str) -> tuple[bytes, bytes]:
+    """The version that a served volume was opened on, and the profile (plaintext) of what was read
+    since. Raises NotFound where it is not served, UsageError where nothing was read.
+    """
+    load(name)
+    if server.running(name) is None:
+        raise NotFound(f"volume {name} is not served: mount it and use it first")
+    answer = control.ask(server.folder_of(name) / server.CONTROL, "touched")
+    return bytes.fromhex(answer["version"]), bytes.fromhex(answer["profile"])
 
 
 # ---- what is going on

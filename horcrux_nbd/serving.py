@@ -26,6 +26,8 @@ from .names import check_name, check_ref
 from .repository.repository import Resolved
 from .units import MiB, parse_size
 from .volume import volume as volumes
+from .volume.options import FillOptions, parse_record
+from .volume.profile import recorded
 from .volume.state import Pending
 from .volume.volume import Volume
 
@@ -42,6 +44,10 @@ KEYS = {
     "readonly": "true: serve the version itself (then overlay may be left out)",
     "cache": "folder of the cache (default: this host's)",
     "cache_size": "most bytes of it, e.g. 20G",
+    "prefetch": "profile (default), all or none: what is fetched before it is asked for",
+    "fill_rate": "most bytes per second that prefetch takes from the store, e.g. 20M",
+    "record": "seconds (or true) after which what was read becomes the version's profile, "
+    "if it has none",
     "timeout": "seconds that a read waits for a store that is away (default: 60)",
     "control": "path of a socket that tells this server's figures (horcrux-cli uses it)",
     "log": "debug, info, warning (default) or error",
@@ -118,6 +124,7 @@ class Server:
         self._flag("readonly")
         self._cache_size()
         self._limit()
+        self._filling(FillOptions())
         _set_up_log(values.get("log", os.environ.get("HORCRUX_LOG", "warning")))
         for key in ("overlay", "cache", "control"):
             if key in values:
@@ -141,6 +148,15 @@ class Server:
     def _cache_size(self) -> int | None:
         text = self._values.get("cache_size")
         return None if text is None else parse_size(text, "cache_size")
+
+    def _filling(self, told: FillOptions) -> FillOptions:
+        values = self._values
+        rate, record = values.get("fill_rate"), values.get("record")
+        return FillOptions(
+            values.get("prefetch", told.mode),
+            told.rate if rate is None else parse_size(rate, "fill_rate"),
+            told.record if record is None else parse_record(record),
+        ).checked()
 
     def _limit(self) -> float:
         text = self._values.get("timeout", str(volumes.STORE_LIMIT))
@@ -204,6 +220,7 @@ class Server:
                 {
                     "figures": lambda _: self.figures(),
                     "log": self._log_level,
+                    "touched": lambda _: self._touched(),
                     "prepare": lambda _: self._prepare(),
                     "freeze": self._freeze,
                     "seal": self._seal,
@@ -211,6 +228,8 @@ class Server:
                 },
             )
             self._mind_signals(Path(path).parent)
+        if {"control", "prefetch", "record"} & self._values.keys():
+            self._volume.start_filling(self._filling(self._volume.fill))
         log.info("serving %s (%d bytes)", self._volume.name, self._volume.size)
 
     def _mind_signals(self, run: Path) -> None:
@@ -220,6 +239,11 @@ class Server:
             assert self._volume is not None
             work = (run, blocked, self._volume.flush)
             threading.Thread(target=end_when_free, args=work, daemon=True).start()
+
+    def _touched(self) -> dict[str, Any]:
+        assert self._volume is not None
+        profile = recorded(self._volume).encode()
+        return {"version": self._volume.opened.hex(), "profile": profile.hex()}
 
     def _prepare(self) -> None:
         assert self._volume is not None
@@ -246,6 +270,8 @@ class Server:
             "seconds": round(time.monotonic() - self._began, 1),
             "dirty_bytes": self._volume.dirty_bytes(),
             **self._volume.base.figures.to_json(),
+            "waited_chunks": self._volume.base.demand.missed,
+            "prefetch": self._volume.filler.figures() if self._volume.filler else None,
         }
 
     def _log_level(self, ask: Mapping[str, Any]) -> None:

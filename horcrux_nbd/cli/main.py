@@ -23,6 +23,7 @@ from . import (
     files,
     generate,
     key,
+    profile,
     repositories,
     settings,
     upkeep,
@@ -66,6 +67,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         volumes.attach,
         volumes.detach,
         volumes.serve,
+        profile.profile,
         volumes.rm,
     ),
     "Versions": (

@@ -14,9 +14,10 @@ from .. import config
 from ..errors import HorcruxError, NotFound, UsageError
 from ..names import Version, check_name, parse_version
 from ..units import format_size
+from ..volume.options import PREFETCH, FillOptions, parse_record
 from . import output
 from .versions_status import versions_json, versions_line
-from .words import REPO, VOLUME, existing_folder, volume_state
+from .words import REPO, SIZE, VOLUME, existing_folder, volume_state
 
 if TYPE_CHECKING:
     from ..host import VolumeStatus
@@ -30,9 +31,36 @@ def _via(asked: str | None) -> str | None:
     return asked or config.load().attach_via
 
 
-def _options() -> dict[str, str]:
-    """What the configuration says to the server."""
-    return config.load().plugin_options()
+def fill_options(command: Any) -> Any:
+    """The options that say what is fetched before anybody asks."""
+    for option in (
+        click.option(
+            "--record",
+            metavar="SECONDS",
+            help="Store what was read by then as a profile (true: 60).",
+        ),
+        click.option(
+            "--fill-rate", type=SIZE, help="Prefetch at most SIZE per second. 0: no limit."
+        ),
+        click.option(
+            "--prefetch",
+            type=click.Choice(PREFETCH),
+            help="Fetch what the version's profile lists (the default), all, or none.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _options(
+    prefetch: str | None = None, fill_rate: int | None = None, record: str | None = None
+) -> dict[str, str]:
+    """What the configuration and the command line say to the server."""
+    if record is not None:
+        record = str(parse_record(record))
+    told = {"prefetch": prefetch, "fill_rate": fill_rate, "record": record}
+    asked = {key: str(value) for key, value in told.items() if value is not None}
+    return config.load().plugin_options() | asked
 
 
 # ---- make and remove
@@ -43,12 +71,22 @@ def _options() -> dict[str, str]:
 @click.argument("repo", type=REPO)
 @click.argument("version")
 @read_only_option
+@fill_options
 @output.json_option
-def create(volume: str, repo: str, version: str, read_only: bool, as_json: bool) -> None:
+def create(
+    volume: str,
+    repo: str,
+    version: str,
+    read_only: bool,
+    prefetch: str | None,
+    fill_rate: int | None,
+    record: str | None,
+    as_json: bool,
+) -> None:
     """Make a volume: a writable copy of VERSION in REPO.
 
     Fetches nothing yet. It stays on the version that VERSION means now, also when its branch moves
-    on.
+    on. What is fetched in the background while it is served (--prefetch) is kept with it.
 
     \b
     horcrux-cli create amcc cp:///opt/horcrux-amcc AMCC
@@ -58,7 +96,13 @@ def create(volume: str, repo: str, version: str, read_only: bool, as_json: bool)
 
     check_name("volume", volume)
     state = host.create(
-        volume, config.load().url(repo), parse_version(version), read_only=read_only
+        volume,
+        config.load().url(repo),
+        parse_version(version),
+        read_only=read_only,
+        fill=FillOptions(
+            prefetch or PREFETCH[0], fill_rate or 0, parse_record(record) if record else 0.0
+        ).checked(),
     )
     if as_json:
         output.emit_json(_described(host.status(volume)))
@@ -97,12 +141,16 @@ def rm(volume: str, force: bool) -> None:
 @click.option(
     "-o", "options", multiple=True, metavar="OPTION", help="Mount option, as of mount(8)."
 )
+@fill_options
 @output.json_option
 def mount(
     words: tuple[str, ...],
     via: str | None,
     read_only: bool,
     options: tuple[str, ...],
+    prefetch: str | None,
+    fill_rate: int | None,
+    record: str | None,
     as_json: bool,
 ) -> None:
     """Mount a volume on DIR: serve, attach, mount in one go.
@@ -130,7 +178,7 @@ def mount(
             via=_via(via),
             read_only=read_only,
             mount_options=options,
-            options=_options(),
+            options=_options(prefetch, fill_rate, record),
         )
     except BaseException:
         if made:
@@ -197,8 +245,17 @@ def volume_state_of(name: str) -> Any:
 @click.argument("volume", type=VOLUME)
 @via_option
 @read_only_option
+@fill_options
 @output.json_option
-def attach(volume: str, via: str | None, read_only: bool, as_json: bool) -> None:
+def attach(
+    volume: str,
+    via: str | None,
+    read_only: bool,
+    prefetch: str | None,
+    fill_rate: int | None,
+    record: str | None,
+    as_json: bool,
+) -> None:
     """Make a volume a block device of this host.
 
     Serves it with nbdkit and prints the device.
@@ -209,7 +266,8 @@ def attach(volume: str, via: str | None, read_only: bool, as_json: bool) -> None
     """
     from .. import host
 
-    attachment = host.attach(volume, via=_via(via), read_only=read_only, options=_options())
+    options = _options(prefetch, fill_rate, record)
+    attachment = host.attach(volume, via=_via(via), read_only=read_only, options=options)
     if as_json:
         output.emit_json(_described(host.status(volume)))
     else:
@@ -242,9 +300,17 @@ def detach(volume: str, force: bool) -> None:
 @click.option("--socket", type=click.Path(), help="Listen there. Default: below the state folder.")
 @click.option("--foreground", is_flag=True, help="Stay, and stop serving on Ctrl-C or SIGTERM.")
 @read_only_option
+@fill_options
 @output.json_option
 def serve(
-    volume: str, socket: str | None, foreground: bool, read_only: bool, as_json: bool
+    volume: str,
+    socket: str | None,
+    foreground: bool,
+    read_only: bool,
+    prefetch: str | None,
+    fill_rate: int | None,
+    record: str | None,
+    as_json: bool,
 ) -> None:
     """Serve a volume on a socket, for VMs and NBD tools.
 
@@ -261,7 +327,7 @@ def serve(
         volume,
         socket=Path(os.path.abspath(socket)) if socket else None,
         read_only=read_only,
-        options=_options(),
+        options=_options(prefetch, fill_rate, record),
     )
     uri = nbd_uri(served.socket)
     if as_json:
@@ -383,12 +449,28 @@ def _facts(one: VolumeStatus) -> list[tuple[str, str]]:
         ),
         ("versions", versions_line(one.name)),
         ("fetched", "" if fetched is None else f"{format_size(fetched)} since it is served"),
+        ("prefetch", _prefetch_line(one)),
         ("server", f"process {one.server.pid}, {nbd_uri(one.server.socket)}" if one.server else ""),
         ("device", f"{one.attachment.device} (via {one.attachment.via})" if one.attachment else ""),
         ("mounted on", ", ".join(mount.target for mount in one.mounts)),
         ("problem", one.problem),
     ]
     return [(what, value) for what, value in pairs if value]
+
+
+def _prefetch_line(one: VolumeStatus) -> str:
+    """What the background fetches, and how far it is."""
+    fill = one.state.fill
+    at_most = f", at most {format_size(fill.rate)}/s" if fill.rate else ""
+    found = (one.figures or {}).get("prefetch")
+    if not found:
+        return fill.mode + at_most
+    if found["stage"] == "all":
+        done, of = one.survey.cached, one.survey.data
+        how = "" if done is None or not of else f", {100 * done // of} % is here"
+    else:
+        how = f", {output.plural(found['profile_chunks'], 'chunk')} in the profile"
+    return f"{found['mode']}{at_most}: {found['stage']}{how}"
 
 
 def _described(one: VolumeStatus) -> dict[str, Any]:
@@ -411,6 +493,10 @@ def _described(one: VolumeStatus) -> dict[str, Any]:
         "zeroed_bytes": survey.zeroed,
         "disk_bytes": survey.disk,
         "fetched_bytes": _fetched(one),
+        "prefetch": state.fill.mode,
+        "fill_rate": state.fill.rate,
+        "record": state.fill.record,
+        "prefetch_progress": (one.figures or {}).get("prefetch"),
         "server": server
         and {
             "pid": server.pid,

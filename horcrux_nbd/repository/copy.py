@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ..chunkstore.base import ChunkStore
-from ..errors import Busy, Damaged, KeyExists, UsageError
+from ..errors import Busy, Damaged, KeyExists, KeyNotFound, UsageError
 from ..names import Version, is_name
 from ..progress import Progress
 from ..units import MiB
+from . import profiles
 from .commits import DEFAULT_CHUNK, MAX_CHUNK, Commit, now
 from .configuration import copy_keys
 from .listing import Listing
@@ -266,6 +267,9 @@ class _Copy:
             self._put_tag(key, data)
         for (image, branch), keys in wanted.records.items():
             self._put_records(image, branch, keys)
+        for image in {made.image for made in have.values()}:
+            self._put_profiles(image, have)
+        store.sync()
         # What was cut in the copy only has its parents now.
         for oid, where in roots.shallow.items():
             made = have.get(oid)
@@ -312,6 +316,17 @@ class _Copy:
                     return
             else:
                 self._done.refs += 1
+
+    def _put_profiles(self, image: str, have: dict[bytes, Commit]) -> None:
+        """Those of versions that the copy has, unless it has one of its own."""
+        there = {one.commit for one in profiles.listed(self._target, image)}
+        for one in profiles.listed(self._source, image):
+            if one.commit in have and one.commit not in there:
+                with contextlib.suppress(Damaged, KeyNotFound):  # nothing needs it
+                    data = profiles.stored(self._source, one)
+                    profiles.prove(self._source, data, one.id)
+                    self._target.store.put(one.key, data)
+                    self._done.refs += 1
 
     def _record(self, repository: Repository, key: str) -> BranchRecord:
         return repository.refs.read_record(key)

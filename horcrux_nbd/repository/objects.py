@@ -31,6 +31,9 @@ HASH_SIZE: Final = ID_SIZE - 1  # 248 bits of BLAKE3; a collision is 2^124 hashe
 NULL_ID: Final = bytes(ID_SIZE)  # stands for all zeros: a chunk, or a whole subtree
 MAX_LAYERS: Final = 15  # patches over each other, what the upper half of an id's last byte holds
 
+# Bytes of a profile's plaintext: 16,384 runs of chunks (profiles.py).
+MAX_PROFILE: Final = 8 + 16_384 * 8
+
 STORED: Final = 0
 ZSTD: Final = 1
 
@@ -48,6 +51,7 @@ class Kind(enum.IntEnum):
     PATCH = 2
     NODE = 3
     COMMIT = 4
+    PROFILE = 5  # lies under a ref, not under objects/ (profiles.py)
 
 
 class ObjectTooNew(Damaged):

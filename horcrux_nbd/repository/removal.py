@@ -18,6 +18,7 @@ from blake3 import blake3
 from ..errors import Busy, Damaged, KeyNotFound
 from ..names import check_name
 from ..progress import Progress
+from . import profiles
 from .commits import Commit
 from .leases import MARK, Lease
 from .listing import Listing
@@ -64,6 +65,7 @@ class Plan:
     choice: Choice = field(default_factory=Choice)
     versions: dict[bytes, VersionSize] = field(default_factory=dict)  # newest first; if asked for
     listing: Listing = field(default_factory=Listing)
+    profiles: list[str] = field(default_factory=list)  # keys of those whose versions go
 
 
 @dataclass
@@ -122,6 +124,11 @@ class Collector:
         if image is not None:
             self.repository.refs.require_image(check_name("image", image))
         listing = Listing.read(self.store)  # before the refs: what comes after is not for us
+        recorded = [
+            one
+            for name in self.repository.refs.images()
+            for one in profiles.listed(self.repository, name)
+        ]
         roots = read_roots(self.repository)
         with Marking(self.repository, listing, self._progress) as marking:
             commits = marking.read_commits()
@@ -131,6 +138,7 @@ class Collector:
             reached_kept = {oid: made for oid, made in reached.items() if oid in choice.kept}
             also = self._also_kept(commits, reached_kept)
             kept = reached_kept | also
+            plan.profiles = [one.key for one in recorded if one.commit not in kept]
             self._progress.start("reading the index")
             if not versions:
                 marking.mark(1, reached_kept)
@@ -180,6 +188,8 @@ class Collector:
         plan = self.plan(rules, image)
         if not plan.choice.nothing:
             apply(self.repository, plan.choice, sweeps, author=self._author, why="gc: retention")
+        for key in plan.profiles:  # nothing needs one, so nobody is given notice
+            self.store.delete(key)
         done = Collected(plan, *removed)
         pending = announcements(self.repository)
         if grace and pending:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ..chunkstore.base import ChunkStore
 from ..errors import Damaged, EnvironmentProblem, HorcruxError, KeyNotFound, NotFound, StoreError
 from ..progress import Progress
+from . import profiles
 from .commits import MAX_CHUNK
 from .configuration import CONFIG_KEY
 from .objects import PLAIN, Form, Kind, key_id, kind_of, object_key
@@ -104,6 +105,8 @@ class _Repair:
             self._mend_branch(problem.key)
         elif "/tags/" in problem.key:
             self._mend_tag(problem.key)
+        elif (profile := profiles.of_key(problem.key)) is not None:
+            self._mend_profile(problem.key, *profile)
 
     def _mend_object(self, oid: bytes) -> None:
         kind, key = kind_of(oid), object_key(oid)
@@ -138,6 +141,16 @@ class _Repair:
                 if mirror.refs.tag(image, name) is not None:
                     self._mend_with(key, lambda data, what: None)
                     return
+
+    def _mend_profile(self, key: str, image: str, oid: bytes) -> None:
+        for mirror in self._mirrors:
+            for one in profiles.listed(mirror, image):
+                with contextlib.suppress(Damaged, KeyNotFound):
+                    if one.key == key:
+                        data = profiles.stored(mirror, one)
+                        profiles.prove(mirror, data, oid)
+                        self._put(key, data)
+                        return
 
     def _mend_branch(self, key: str) -> None:
         """The record `key`, and those missing before it, as a mirror has them."""

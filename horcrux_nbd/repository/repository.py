@@ -39,6 +39,7 @@ from .configuration import (
 from .index import NODE_SIZE, Index
 from .objects import (
     ID_SIZE,
+    MAX_PROFILE,
     PLAIN,
     Form,
     Kind,
@@ -164,6 +165,7 @@ class Repository:
             Kind.PATCH: max_patch_size(chunk_size),
             Kind.NODE: NODE_SIZE,
             Kind.COMMIT: MAX_COMMIT,
+            Kind.PROFILE: MAX_PROFILE,
         }
         return max(bounds[kind] for kind in kinds)
 
@@ -210,12 +212,12 @@ class Repository:
         oid: bytes,
         chunk_size: int,
         have: Callable[[bytes], bytes | None] | None = None,
-        keep: Callable[[bytes, bytes], None] | None = None,
+        keep: Callable[[bytes, bytes, int], None] | None = None,
     ) -> bytes:
         """The bytes of the chunk that an index entry names, patches applied.
 
         `have` is asked for the plaintext of each part before the store is, and `keep` gets the
-        id and plaintext of each part that the store gave.
+        id, plaintext and stored size (bytes) of each part that the store gave.
         """
 
         def read(part: bytes) -> tuple[Kind, bytes]:
@@ -223,9 +225,9 @@ class Repository:
             plain = have(part) if have is not None else None
             if plain is not None and kind is not None:
                 return kind, plain
-            kind, plain = self.read_object(part, (Kind.CHUNK, Kind.PATCH), chunk_size)
+            kind, plain, stored = self.read_stored(part, (Kind.CHUNK, Kind.PATCH), chunk_size)
             if keep is not None:
-                keep(part, plain)
+                keep(part, plain, len(stored))
             return kind, plain
 
         def fetch(ids: Sequence[bytes]) -> Mapping[bytes, tuple[Kind, bytes]]:
@@ -252,6 +254,10 @@ class Repository:
     def read_commit(self, oid: bytes) -> Commit:
         """One commit. Raises Damaged."""
         return Commit.decode(self.read_object(oid, (Kind.COMMIT,))[1])
+
+    def has_commit(self, oid: bytes) -> bool:
+        """Whether a version was pushed here, as far as its key says."""
+        return self.store.exists(object_key(oid))
 
     def index(self, commit: Commit) -> Index:
         """The index of a version, read from the store as it is walked."""

@@ -23,6 +23,7 @@ from ..errors import Damaged, EnvironmentProblem, KeyNotFound, NotFound
 from ..names import Version
 from ..progress import Progress
 from ..units import MiB
+from . import profiles
 from .affected import affected, read_table, version_name
 from .commits import DEFAULT_CHUNK, MAX_CHUNK, MAX_COMMIT, Commit
 from .configuration import CONFIG_KEY
@@ -256,7 +257,14 @@ class _Verifier:
                     continue
                 if record is not None:
                     roots.setdefault(record.commit, []).append(f"{name}@{tag}")
+            self._read_profiles(name)
         return roots
+
+    def _read_profiles(self, image: str) -> None:
+        found = profiles.listed(self._repository, image)
+        for one, result in self._each(partial(profiles.read, self._repository), found):
+            if isinstance(result, _BAD):
+                self._problem(one.key, f"{self._store.url}: profile {one.key}: {result}")
 
     def _read_branch(self, image: str, branch: str) -> bytes | None:
         """The commit that a branch names now. Older records need none: it may have been reset."""

@@ -11,6 +11,7 @@ from ..repository.index import Index
 from ..repository.objects import NULL_ID, Kind, kind_of
 from ..repository.repository import Repository
 from .cache import Cache
+from .demand import Demand
 from .fetch import Background, SingleFlight
 from .figures import Figures
 from .local import LocalObjects
@@ -37,8 +38,11 @@ class Base:
         cache: Cache,
         local: LocalObjects | None = None,
         figures: Figures | None = None,
+        demand: Demand | None = None,
     ) -> None:
-        """`local` has what exists on this host only; `figures` are counted on from another base."""
+        """`local` has what exists on this host only; `figures` and `demand` go on from another
+        base.
+        """
         self.commit = commit
         self.repository, self._cache, self._local = repository, cache, local
         self._chunk_size = commit.chunk_size
@@ -48,13 +52,14 @@ class Base:
         self._chunks = SingleFlight(self._fetch_chunk, limit)
         self._read_ahead = ReadAhead(commit.chunk_size, commit.chunks)
         self.figures = figures or Figures()
+        self.demand = demand or Demand()
         # One slot of the store is left for a reader that waits.
         threads = max(1, min(16, repository.store.concurrency - 1))
         self._background = Background(self._prefetch, threads)
 
     def successor(self, commit: Commit) -> Base:
         """Another version through the same cache and store, which counts on from here."""
-        return Base(self.repository, commit, self._cache, self._local, self.figures)
+        return Base(self.repository, commit, self._cache, self._local, self.figures, self.demand)
 
     # ---- reading
 
@@ -79,6 +84,7 @@ class Base:
         if oid == NULL_ID:
             fill_zeros(view)
             return
+        self.demand.touch(number)
         cached = self._cache.open(oid)
         if cached is not None:
             if cached.read_into(offset, view):
@@ -88,8 +94,34 @@ class Base:
         # What was committed here is read here, whether the chunk below it can be had or not.
         if self._local is not None and self._local.patched_into(oid, offset, view):
             return
-        content = self._chunks.get(oid)
+        if self._chunks.under_way(oid):
+            content = self._chunks.get(oid)
+        else:
+            with self.demand.miss(number):
+                content = self._chunks.get(oid)
         view[:] = memoryview(content)[offset : offset + len(view)]
+
+    def present(self, number: int) -> bool:
+        """Whether chunk `number` is here, or is zeros. May fetch nodes."""
+        oid = self._index.lookup(number) if number < self.commit.chunks else NULL_ID
+        return oid == NULL_ID or self._cache.has(oid)
+
+    def next_chunk(self, start: int) -> int | None:
+        """The first chunk from `start` on that is no hole. May fetch nodes."""
+        return next((number for number, _ in self._index.entries(start, self.commit.chunks)), None)
+
+    def bring(self, number: int) -> int:
+        """Fetch a chunk unless it is here; about how many bytes came from the store for it."""
+        before = self.figures.fetched_bytes
+        self._prefetch(number)
+        if self.figures.fetched_bytes == before:
+            return 0
+        part = self.figures.received_bytes / max(1, self.figures.fetched_bytes)
+        return int(self._chunk_size * part)
+
+    def cache_has_room(self, chunks: int) -> bool:
+        """Whether so many more chunks fit into the cache without an eviction."""
+        return self._cache.room() >= chunks * self._chunk_size
 
     def _present(self, number: int) -> bool:
         if number >= self.commit.chunks:
@@ -129,11 +161,15 @@ class Base:
     def _part(self, oid: bytes) -> bytes | None:
         return self._local.part(oid) if self._local is not None else None
 
-    def _keep(self, oid: bytes, plain: bytes) -> None:
+    def _keep(self, oid: bytes, plain: bytes, stored: int) -> None:
         """Count what the store gave. Patches are kept for commits, which merge them."""
-        self.figures.fetched(len(plain))
+        self.figures.fetched(len(plain), stored)
         if kind_of(oid) is Kind.PATCH:
             self._cache.insert(oid, plain, meta=True)
+
+    def local_commit(self, oid: bytes) -> Commit | None:
+        """A commit that is on this host, or None."""
+        return self._local.commit(oid) if self._local is not None else None
 
     def load_node(self, oid: bytes) -> bytes:
         """The plaintext of an index node: from this host, else fetched and kept."""

@@ -48,6 +48,7 @@ MAX_DEFAULT = 50 * GiB
 DEFAULT_PART = 5  # of the file system's size: a fifth, if that is less
 # Evicting a tenth at a time: a scan costs about 2 s for a million files.
 KEEP_AFTER_EVICTION = 0.9
+FREE_PART = 20  # of the disk: a twentieth of it is left to others by what nobody asked for
 # A use is noted in the file's mtime when it is older than this (seconds): it orders evictions.
 TOUCH_AFTER = 600.0
 # Beyond the limit by this part, who inserts waits for the eviction; below, the keeper evicts.
@@ -364,6 +365,13 @@ class Cache:
     def _opened(self) -> dict[bytes, CachedFile]:
         with self._lock:
             return dict(self._open)
+
+    def room(self) -> int:
+        """Bytes that still fit before anything is evicted, or a nearly full disk fills up."""
+        stat = os.statvfs(self.folder)
+        kept_free = stat.f_blocks * stat.f_frsize // FREE_PART
+        free = stat.f_bavail * stat.f_frsize - kept_free
+        return max(0, min(int(self.limit * KEEP_AFTER_EVICTION) - self.size(), free))
 
     def clear(self) -> int:
         """Remove everything; bytes removed."""

@@ -71,6 +71,10 @@ class SingleFlight:
             finally:
                 del flight
 
+    def under_way(self, oid: bytes) -> bool:
+        """Whether somebody fetches `oid` now."""
+        return oid in self._flights
+
     def _join(self, oid: bytes) -> tuple[_Flight, bool]:
         with self._lock:
             flight = self._flights.get(oid)

@@ -50,16 +50,18 @@ class Figures:
         self._lock = threading.Lock()
         self.fetched_chunks = 0
         self.fetched_bytes = 0
+        self.received_bytes = 0  # the same as it was stored: what came over the line
         self.fetch_errors = 0
         # Pieces of reads that the cache had. Counted without the lock, which reads would wait for:
         # CPython switches threads at calls and loops only, so none is lost in `+= 1`.
         self.cache_hits = 0
         self.fetches, self.flushes = Histogram(), Histogram()
 
-    def fetched(self, size: int) -> None:
+    def fetched(self, size: int, stored: int) -> None:
         with self._lock:
             self.fetched_chunks += 1
             self.fetched_bytes += size
+            self.received_bytes += stored
 
     def failed(self) -> None:
         with self._lock:
@@ -68,6 +70,7 @@ class Figures:
     def to_json(self) -> dict[str, Any]:
         return {
             "fetched_bytes": self.fetched_bytes,
+            "received_bytes": self.received_bytes,
             "fetched_chunks": self.fetched_chunks,
             "fetch_errors": self.fetch_errors,
             "cache_hits": self.cache_hits,

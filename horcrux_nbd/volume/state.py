@@ -27,6 +27,7 @@ from ..repository.objects import ID_SIZE, Form, Kind, object_key
 from ..repository.repository import Repository, Resolved
 from .layer import Layer
 from .local import OBJECTS, open_objects
+from .options import FillOptions
 
 STATE = "volume.json"
 LOCK = "lock"
@@ -111,6 +112,7 @@ class VolumeState:
     kept: tuple[Line, ...] = ()
     stash: tuple[Stash, ...] = ()  # newest first
     encrypted: bool = False  # the repository is, and so are the volume's own objects
+    fill: FillOptions = field(default_factory=FillOptions)
     version: int = 1
 
     @property
@@ -195,6 +197,7 @@ class VolumeState:
                 "heads": {n: Line(**line) for n, line in value.get("heads", {}).items()},
                 "kept": tuple(Line(**line) for line in value.get("kept", ())),
                 "stash": stashes,
+                "fill": FillOptions(**value.get("fill", {})).checked(),
             }
             state = cls(**{**value, **parts})
             check_name("image", state.image)
@@ -249,6 +252,7 @@ def create_volume(
     *,
     read_only: bool = False,
     mirrors: Sequence[str] = (),
+    fill: FillOptions | None = None,
 ) -> VolumeState:
     """Make `folder` a volume of a version. Fetches nothing; keeps the commit, for when the store
     is away. Call it under the volume's lock. Raises UsageError where something else is in there.
@@ -279,6 +283,7 @@ def create_volume(
         mirrors=tuple(mirrors),
         upstream=resolved.id.hex(),
         encrypted=repository.form.encrypted,
+        fill=fill or FillOptions(),
     )
     files.make_folder(folder, 0o700)
     # As it is stored, not as this release would write it: a later one may have said more in it.

@@ -17,9 +17,12 @@ from . import sealing
 from . import state as states
 from .base import Base
 from .cache import Cache
+from .fill import Filler
 from .layer import BLOCK_SIZE, Layer
 from .local import LocalObjects
+from .options import FillOptions
 from .overlay import Overlay
+from .profile import Recorder, find_profile
 from .state import Pending, VolumeState
 from .warm import IndexWarmer
 
@@ -44,13 +47,18 @@ class Volume:
         overlay: Overlay | None,
         resources: list[Closable],
         folder: Path | None = None,
+        commit_id: bytes = b"",
     ) -> None:
         self.name = name
+        self.opened = commit_id  # the version that it lay on when it was opened
         self.folder = folder
         self.versions = threading.Lock()  # one freeze or seal at a time
         self.fresh = sealing.Fresh(self)
         self.removers: list[threading.Thread] = []  # of layers that went into commits
         self._warmer: IndexWarmer | None = None
+        self.filler: Filler | None = None
+        self._recorder: Recorder | None = None
+        self.fill = FillOptions()
         self._lock: files.FileLock | None = None
         self.size = base.commit.size
         self.base = base
@@ -107,8 +115,9 @@ class Volume:
                 state.mirrors,
             )
             base = Base(repository, commit, cache_, local)
-            volume = cls(name, base, Overlay(layers, base), resources, folder)
-            volume._lock = lock
+            overlay = Overlay(layers, base)
+            volume = cls(name, base, overlay, resources, folder, bytes.fromhex(state.base))
+            volume._lock, volume.fill = lock, state.fill
             return volume
         except BaseException:
             for layer in layers:
@@ -137,7 +146,7 @@ class Volume:
         except BaseException:
             _close(resources)
             raise
-        return cls(str(resolved.version), base, None, resources)
+        return cls(str(resolved.version), base, None, resources, commit_id=resolved.id)
 
     def forked(self) -> None:
         """This process serves it now: let the lock say so."""
@@ -227,6 +236,16 @@ class Volume:
         if self._warmer is None and not self.read_only:
             self._warmer = IndexWarmer(self.base)
 
+    def start_filling(self, options: FillOptions) -> None:
+        """Fetch in the background what `options` say, and record what is read."""
+        if self.filler is None:
+            self.fill = options
+            self.filler = Filler(
+                lambda: self.base, self.base.demand, options, lambda: find_profile(self)
+            )
+            if options.record:
+                self._recorder = Recorder(self, options.record)
+
     def _writable(self) -> Overlay:
         if self.overlay is None or self.read_only:
             raise UsageError(f"{self.name} is read-only")
@@ -237,10 +256,13 @@ class Volume:
         try:
             self.flush()
         finally:
+            if self._recorder is not None:
+                self._recorder.stop()
             self.base.close(wait=False)
             self.base.repository.store.close()  # ends what waits for a store that is away
-            if self._warmer is not None:
-                self._warmer.stop()
+            for background in (self._warmer, self.filler):
+                if background is not None:
+                    background.stop()
             self.base.close()
             self.fresh.drop()
             for remover in self.removers:

@@ -150,7 +150,8 @@ def database(scratch: Path, scale: int) -> Path:
         query(
             socket,
             "CREATE TABLE filled AS SELECT aid, bid, abalance,"
-            " (left(md5(aid::text) || repeat(md5((aid / 7)::text), 2), 84))::char(84) AS filler"
+            " (left(md5(aid::text) || md5((-aid)::text) || md5((aid / 50)::text), 84))::char(84)"
+            " AS filler"
             " FROM pgbench_accounts; DROP TABLE pgbench_accounts;"
             " ALTER TABLE filled RENAME TO pgbench_accounts;",
         )

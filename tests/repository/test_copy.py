@@ -9,8 +9,10 @@ import pytest
 from horcrux_nbd.chunkstore import ChunkStore, open_store
 from horcrux_nbd.errors import Damaged, NotFound, StoreUnavailable, UsageError
 from horcrux_nbd.names import Version, parse_version
+from horcrux_nbd.repository import profiles
 from horcrux_nbd.repository.copy import Copied, copy
 from horcrux_nbd.repository.objects import Kind, key_id, object_key
+from horcrux_nbd.repository.profiles import Profile
 from horcrux_nbd.repository.removal import Collector
 from horcrux_nbd.repository.repository import Repository
 from horcrux_nbd.repository.retention import Rules
@@ -19,7 +21,7 @@ from horcrux_nbd.repository.verify import verify
 from ..servers.fixtures import moto_server, s3, ssh, sshd_server
 from ..servers.moto_s3 import S3Server
 from ..servers.sshd import Sshd
-from .images import block, content, make_commit, make_patch, repository_in
+from .images import CHUNK, block, content, make_commit, make_patch, repository_in
 from .memory_store import MemoryStore
 
 __all__ = ["moto_server", "s3", "ssh", "sshd_server"]
@@ -40,6 +42,7 @@ def fill(store: ChunkStore) -> Repository:
     repository.refs.make_tag("A", "v1", line[1], author="", message="")
     repository.refs.move("A", "gone", line[0], None, author="", why="")
     repository.refs.move("A", "gone", None, line[0], author="", why="")
+    profiles.save(repository, "A", line[1], Profile(CHUNK, (1, 300, 0)))
     return repository
 
 
