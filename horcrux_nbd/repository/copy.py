@@ -269,7 +269,6 @@ class _Copy:
             self._put_records(image, branch, keys)
         for image in {made.image for made in have.values()}:
             self._put_profiles(image, have)
-        store.sync()
         # What was cut in the copy only has its parents now.
         for oid, where in roots.shallow.items():
             made = have.get(oid)
@@ -326,6 +325,7 @@ class _Copy:
                     data = profiles.stored(self._source, one)
                     profiles.prove(self._source, data, one.id)
                     self._target.store.put(one.key, data)
+                    self._target.store.sync()
                     self._done.refs += 1
 
     def _record(self, repository: Repository, key: str) -> BranchRecord:

@@ -97,7 +97,7 @@ def test_order(source: Repository) -> None:
         steps.append("sync" if what == "sync" else step)
     once = [step for step, before in zip(steps, ["", *steps], strict=False) if step != before]
     # The configuration; leaves and what is above them; and all of a step durable before the next.
-    assert " ".join(once) == "ref CHUNK sync NODE sync NODE sync COMMIT sync ref"
+    assert " ".join(once) == "ref CHUNK sync NODE sync NODE sync COMMIT sync ref sync"  # the profile
 
 
 class Breaks(MemoryStore):
