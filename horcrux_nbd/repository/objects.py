@@ -95,7 +95,8 @@ def key_id(key: str) -> bytes | None:
         oid = bytes.fromhex(parts[2])
     except ValueError:
         return None
-    return oid if object_key(oid) == key and kind_of(oid) is not None else None
+    is_object = kind_of(oid) not in (None, Kind.PROFILE)
+    return oid if object_key(oid) == key and is_object else None
 
 
 class Form:

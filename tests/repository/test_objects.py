@@ -74,7 +74,7 @@ def test_what_no_id_tells() -> None:
     assert kind_of(NULL_ID) is None
     assert layers_of(NULL_ID) == 0
     assert kind_of(b"") is None
-    assert kind_of(bytes(31) + b"\x05") is None
+    assert kind_of(bytes(31) + b"\x06") is None
     assert kind_of(bytes(31) + b"\x11") is None  # a chunk has no layers
     assert kind_of(bytes(31) + b"\x02") is None  # a patch has
     assert kind_of(bytes(31) + bytes([MAX_LAYERS << 4 | 2])) is Kind.PATCH
