@@ -96,8 +96,9 @@ def test_order(source: Repository) -> None:
         step = "ref" if oid is None else Kind(oid[-1] & 15).name.replace("PATCH", "CHUNK")
         steps.append("sync" if what == "sync" else step)
     once = [step for step, before in zip(steps, ["", *steps], strict=False) if step != before]
-    # The configuration; leaves and what is above them; and all of a step durable before the next.
-    assert " ".join(once) == "ref CHUNK sync NODE sync NODE sync COMMIT sync ref sync"  # the profile
+    # The configuration; leaves and what is above them; all of a step durable before the next; and a
+    # profile after all refs.
+    assert " ".join(once) == "ref CHUNK sync NODE sync NODE sync COMMIT sync ref sync"
 
 
 class Breaks(MemoryStore):
