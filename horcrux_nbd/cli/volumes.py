@@ -14,10 +14,9 @@ from .. import config
 from ..errors import HorcruxError, NotFound, UsageError
 from ..names import Version, check_name, parse_version
 from ..units import format_size
-from ..volume.options import PREFETCH, FillOptions, parse_record
-from . import output
+from . import output, prefetching
 from .versions_status import versions_json, versions_line
-from .words import REPO, SIZE, VOLUME, existing_folder, volume_state
+from .words import REPO, VOLUME, existing_folder, volume_state
 
 if TYPE_CHECKING:
     from ..host import VolumeStatus
@@ -31,38 +30,6 @@ def _via(asked: str | None) -> str | None:
     return asked or config.load().attach_via
 
 
-def fill_options(command: Any) -> Any:
-    """The options that say what is fetched before anybody asks."""
-    for option in (
-        click.option(
-            "--record",
-            metavar="SECONDS",
-            help="Store what was read by then as a profile (true: 60).",
-        ),
-        click.option(
-            "--fill-rate", type=SIZE, help="Prefetch at most SIZE per second. 0: no limit."
-        ),
-        click.option(
-            "--prefetch",
-            type=click.Choice(PREFETCH),
-            help="Fetch what the version's profile lists (the default), all, or none.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _options(
-    prefetch: str | None = None, fill_rate: int | None = None, record: str | None = None
-) -> dict[str, str]:
-    """What the configuration and the command line say to the server."""
-    if record is not None:
-        record = str(parse_record(record))
-    told = {"prefetch": prefetch, "fill_rate": fill_rate, "record": record}
-    asked = {key: str(value) for key, value in told.items() if value is not None}
-    return config.load().plugin_options() | asked
-
-
 # ---- make and remove
 
 
@@ -71,7 +38,7 @@ def _options(
 @click.argument("repo", type=REPO)
 @click.argument("version")
 @read_only_option
-@fill_options
+@prefetching.fill_options
 @output.json_option
 def create(
     volume: str,
@@ -100,9 +67,7 @@ def create(
         config.load().url(repo),
         parse_version(version),
         read_only=read_only,
-        fill=FillOptions(
-            prefetch or PREFETCH[0], fill_rate or 0, parse_record(record) if record else 0.0
-        ).checked(),
+        fill=prefetching.kept(prefetch, fill_rate, record),
     )
     if as_json:
         output.emit_json(_described(host.status(volume)))
@@ -141,7 +106,7 @@ def rm(volume: str, force: bool) -> None:
 @click.option(
     "-o", "options", multiple=True, metavar="OPTION", help="Mount option, as of mount(8)."
 )
-@fill_options
+@prefetching.fill_options
 @output.json_option
 def mount(
     words: tuple[str, ...],
@@ -178,7 +143,7 @@ def mount(
             via=_via(via),
             read_only=read_only,
             mount_options=options,
-            options=_options(prefetch, fill_rate, record),
+            options=prefetching.server_options(prefetch, fill_rate, record),
         )
     except BaseException:
         if made:
@@ -245,7 +210,7 @@ def volume_state_of(name: str) -> Any:
 @click.argument("volume", type=VOLUME)
 @via_option
 @read_only_option
-@fill_options
+@prefetching.fill_options
 @output.json_option
 def attach(
     volume: str,
@@ -266,7 +231,7 @@ def attach(
     """
     from .. import host
 
-    options = _options(prefetch, fill_rate, record)
+    options = prefetching.server_options(prefetch, fill_rate, record)
     attachment = host.attach(volume, via=_via(via), read_only=read_only, options=options)
     if as_json:
         output.emit_json(_described(host.status(volume)))
@@ -300,7 +265,7 @@ def detach(volume: str, force: bool) -> None:
 @click.option("--socket", type=click.Path(), help="Listen there. Default: below the state folder.")
 @click.option("--foreground", is_flag=True, help="Stay, and stop serving on Ctrl-C or SIGTERM.")
 @read_only_option
-@fill_options
+@prefetching.fill_options
 @output.json_option
 def serve(
     volume: str,
@@ -327,7 +292,7 @@ def serve(
         volume,
         socket=Path(os.path.abspath(socket)) if socket else None,
         read_only=read_only,
-        options=_options(prefetch, fill_rate, record),
+        options=prefetching.server_options(prefetch, fill_rate, record),
     )
     uri = nbd_uri(served.socket)
     if as_json:
@@ -449,28 +414,13 @@ def _facts(one: VolumeStatus) -> list[tuple[str, str]]:
         ),
         ("versions", versions_line(one.name)),
         ("fetched", "" if fetched is None else f"{format_size(fetched)} since it is served"),
-        ("prefetch", _prefetch_line(one)),
+        ("prefetch", prefetching.line(one)),
         ("server", f"process {one.server.pid}, {nbd_uri(one.server.socket)}" if one.server else ""),
         ("device", f"{one.attachment.device} (via {one.attachment.via})" if one.attachment else ""),
         ("mounted on", ", ".join(mount.target for mount in one.mounts)),
         ("problem", one.problem),
     ]
     return [(what, value) for what, value in pairs if value]
-
-
-def _prefetch_line(one: VolumeStatus) -> str:
-    """What the background fetches, and how far it is."""
-    fill = one.state.fill
-    at_most = f", at most {format_size(fill.rate)}/s" if fill.rate else ""
-    found = (one.figures or {}).get("prefetch")
-    if not found:
-        return fill.mode + at_most
-    if found["stage"] == "all":
-        done, of = one.survey.cached, one.survey.data
-        how = "" if done is None or not of else f", {100 * done // of} % is here"
-    else:
-        how = f", {output.plural(found['profile_chunks'], 'chunk')} in the profile"
-    return f"{found['mode']}{at_most}: {found['stage']}{how}"
 
 
 def _described(one: VolumeStatus) -> dict[str, Any]:
