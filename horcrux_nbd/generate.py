@@ -113,7 +113,7 @@ def generate(
             else:
                 before = old_chunk(number)
                 blocks = differing_blocks(before, content)
-                oid = change.store(below, blocks, before)[0] if blocks else below
+                oid = change.store(below, blocks, lambda: before)[0] if blocks else below
             with lock:
                 changes[number] = oid
             progress.advance(size)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import heapq
-import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -215,10 +213,7 @@ class LocalStore(ChunkStore):
         if not pending:
             return found
         waiting = (s for s in pending if s.key.startswith(prefix) and s.key > after)
-        # The sort is stable: of two with one key the pending one, the newer, comes first.
-        both = heapq.merge(waiting, found, key=lambda entry: entry.key)
-        once = (next(group) for _, group in itertools.groupby(both, key=lambda entry: entry.key))
-        return itertools.islice(once, limit if limit is None else max(limit, 0))
+        return walk.merge(waiting, found, limit)
 
 
 class _Look:

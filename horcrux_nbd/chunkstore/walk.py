@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -42,6 +44,14 @@ def walk(scan: Scan, prefix: str, after: str, limit: int | None) -> Iterator[Sta
             count += 1
             if count == limit:
                 return
+
+
+def merge(newer: Iterable[Stat], older: Iterable[Stat], limit: int | None) -> Iterator[Stat]:
+    """Two listings as one, each key once: of two with one key that of `newer`."""
+    # The merge is stable: of two with one key that of the first comes first.
+    both = heapq.merge(newer, older, key=lambda entry: entry.key)
+    once = (next(group) for _, group in itertools.groupby(both, key=lambda entry: entry.key))
+    return itertools.islice(once, limit if limit is None else max(limit, 0))
 
 
 def _walk(

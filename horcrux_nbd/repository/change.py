@@ -19,18 +19,21 @@ class ChangeWriter:
         self._writer, self._patch, self._size = writer, patch, chunk_size
 
     def store(
-        self, old: bytes, blocks: Mapping[int, bytes], content: bytes | None
+        self, old: bytes, blocks: Mapping[int, bytes], content: Callable[[], bytes | None]
     ) -> tuple[bytes, bool]:
         """Store `blocks`, which change the chunk that `old` names; the new id, and whether it is
-        that of a patch. `content` is what the chunk was before, where that is at hand. ValueError
-        without it where patches that are not at hand have all the layers that there can be.
+        that of a patch. `content` gives what the chunk was before, where that is at hand; it is
+        asked only where a whole chunk is better. ValueError where it has nothing and patches that
+        are not at hand have all the layers that there can be.
         """
         merged, below, chain = self._merge(old, blocks)
         most = (self._size >> BLOCK_BITS) * PATCH_WORTH
         layers = layers_of(chain[0] if chain else below) + 1
         # Over zeros a whole chunk costs what the patch would: zstd makes nothing of the rest.
-        if content is not None and (old == NULL_ID or len(merged) > most or layers > MAX_CHAIN):
-            return self._writer.write(Kind.CHUNK, with_blocks(content, blocks)), False
+        if old == NULL_ID or len(merged) > most or layers > MAX_CHAIN:
+            whole = content()
+            if whole is not None:
+                return self._writer.write(Kind.CHUNK, with_blocks(whole, blocks)), False
         patch = Patch(chain or chain_over(below), merged)
         return self._writer.write(Kind.PATCH, patch.encode(self._size)), True
 
@@ -43,18 +46,21 @@ class ChangeWriter:
     ) -> tuple[dict[int, bytes], bytes, tuple[bytes, ...]]:
         """Blocks, what lies below them, and the chain from there on where it is known.
 
-        A patch below that is larger than all above it stays as it is, unless there are MAX_CHAIN
-        layers or `everything` is wanted: else a chunk that each commit changes a little would be
-        stored anew with all of its changes each time. So sizes grow down the chain, and a block is
-        stored at most once for each doubling.
+        A patch below that is larger than all above it, or small with them, stays as it is, unless
+        there are MAX_CHAIN layers or `everything` is wanted: else a chunk that each commit changes
+        a little would be stored anew with all of its changes each time. So large ones grow down
+        the chain, where a block is stored at most once for each doubling, and small ones wait
+        until the chain is full.
         """
         merged, below = dict(blocks), old
+        small = (self._size >> BLOCK_BITS) * PATCH_WORTH / 4 if layers_of(old) < MAX_CHAIN else 0
         while kind_of(below) is Kind.PATCH:
             patch = self._patch(below)
             if patch is None:
                 break
             room = layers_of(below) < MAX_CHAIN and patch.open_end is None
-            if room and not everything and len(patch.blocks) > len(merged):
+            stays = len(patch.blocks) > len(merged) or len(patch.blocks) + len(merged) <= small
+            if room and stays and not everything:
                 return merged, below, (below, *patch.chain)
             merged = {**patch.blocks, **merged}
             below = patch.chain[0]

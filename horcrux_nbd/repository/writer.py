@@ -66,10 +66,10 @@ class ObjectWriter:
         self._condition = threading.Condition()
         self._under_way = self._bytes_under_way = 0
         self._error: BaseException | None = None
-        self._workers = max(os.cpu_count() or 1, repository.store.concurrency)
+        self.workers = max(os.cpu_count() or 1, repository.store.concurrency)
         if expected >= LIST_FROM:
             self._listing = Listing.read(repository.store, MAX_LISTED)
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="write")
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="write")
 
     def submit(self, kind: Kind, plain: bytes) -> Future[bytes]:
         """Store an object in the background; the future gives its id.
@@ -108,7 +108,7 @@ class ObjectWriter:
 
     def _has_room(self, length: int) -> bool:
         return self._under_way == 0 or (
-            self._under_way < 2 * self._workers and self._bytes_under_way + length <= MEMORY
+            self._under_way < 2 * self.workers and self._bytes_under_way + length <= MEMORY
         )
 
     def _done(self, future: Future[T], length: int) -> None:
@@ -129,15 +129,26 @@ class ObjectWriter:
             return NULL_ID
         form = self.repository.form
         oid = oid or form.object_id(kind, plain)
+        self._store(oid, len(plain), lambda: form.encode(kind, plain, oid))
+        return oid
+
+    def write_stored(self, oid: bytes, data: bytes) -> None:
+        """Store an object in its stored form, which has been proven, here and now unless it is
+        there.
+        """
+        self._store(oid, HEADER.unpack_from(data)[5], lambda: data)
+
+    def _store(self, oid: bytes, length: int, make: Callable[[], bytes]) -> None:
+        """`length` is that of the plaintext."""
         with self._condition:
             fresh = oid not in self._used
             self._used.add(oid)  # a second writer of the same bytes need not store them too
         try:
-            if not fresh or self._is_there(oid, len(plain)):
+            if not fresh or self._is_there(oid, length):
                 with self._condition:
                     self.written.known_objects += 1
-                return oid
-            data = form.encode(kind, plain, oid)
+                return
+            data = make()
             self.repository.store.put(object_key(oid), data)
         except BaseException:
             with self._condition:
@@ -146,7 +157,6 @@ class ObjectWriter:
         with self._condition:
             self.written.objects += 1
             self.written.bytes += len(data)
-        return oid
 
     def _is_there(self, oid: bytes, length: int) -> bool:
         """Whether the store has the object. One whose size cannot be is stored anew."""

@@ -22,7 +22,7 @@ from ..progress import Progress
 from ..repository.commits import Commit, now
 from ..repository.objects import Kind
 from ..repository.repository import Repository
-from ..repository.writer import ObjectWriter, write_index
+from ..repository.writer import LIST_FROM, ObjectWriter, write_index
 from ..volume import state as states
 from ..volume.layer import Layer
 from ..volume.local import remote_node
@@ -207,7 +207,8 @@ def _pack(session: Session, progress: Progress) -> _Made:
             layers.append(layer)
         index = local.index(base, remote_node(session.remote))
         own = Repository(local.store, state.repository_id, state.chunk_size, local.form)
-        writer = stack.enter_context(ObjectWriter(own))
+        local.store.sweep()
+        writer = stack.enter_context(ObjectWriter(own, LIST_FROM))
 
         def fetch(oid: bytes) -> bytes:
             return session.remote.read_chunk(oid, state.chunk_size, local.part)
@@ -216,7 +217,7 @@ def _pack(session: Session, progress: Progress) -> _Made:
         if packed.nothing and not state.pending.allow_empty:
             return _Made(None, base, packed, 0, 0)
         root = write_index(writer, index, base.levels, packed.changes)
-        writer.barrier()
+        writer.drain()
         written = writer.written
         new = {
             "bytes": written.bytes,

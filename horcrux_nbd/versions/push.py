@@ -7,24 +7,32 @@ off at any moment, the next push sends only what is still missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..errors import Damaged, NotFound, UsageError
 from ..names import check_name
 from ..progress import Progress
 from ..repository.commits import Commit
-from ..repository.objects import Kind, kind_of
+from ..repository.objects import Kind
 from ..repository.refs import BranchMoved, BranchRecord
 from ..repository.repository import Repository, check_exclusive_create
 from ..repository.writer import ObjectWriter
+from ..units import KiB
 from ..volume.local import LocalObjects
 from ..volume.state import VolumeState
 from ..volume.volume import STORE_LIMIT
 from . import reflog
 from .commit import settled
-from .reach import reach, sweep
+from .reach import Reached, reach, sweep
 from .session import Session, follows_branch
+
+# A store that takes less than this for a small object gains nothing from threads, which wait for
+# Python's lock in turns: seconds.
+NEAR = 0.001
+MOST, LARGE = 64, 256 * KiB  # objects, and bytes, that are handed to a thread at once
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def _push(
         return Pushed(target, tip, 0, 0, 0, 0, None)
     expected = _expected(session, target, record, commits, force)
     if expected == tip:  # also after a push that was broken off when the branch had moved
-        _moved(session, target, tip)
+        _moved(session, target, tip, reach(session.local, commits))
         return Pushed(target, tip, 0, 0, 0, 0, None)
     check_exclusive_create(repository.store)
     needed = reach(session.local, commits)
@@ -90,14 +98,14 @@ def _push(
     below = commits[-1][1].parents[0] if commits else tip
     with ObjectWriter(repository, expected=len(ids)) as writer:
         _rely_on(repository, writer, session, below)
-        _send(session.local, needed.steps(), writer, progress)
+        _send(session.local, needed, writer, progress)
         writer.confirm()
         why = commits[0][1].message if commits else f"branch {target}"
         moved = repository.refs.move(
             state.image, target, tip, expected, author=author, why=f"push: {why}"[:200]
         )
         written = writer.written
-    _moved(session, target, tip)
+    _moved(session, target, tip, needed)
     return Pushed(
         target,
         tip,
@@ -181,29 +189,54 @@ def _rely_on(repository: Repository, writer: ObjectWriter, session: Session, bel
     writer.write(Kind.COMMIT, plain, below)
 
 
-def _send(
-    local: LocalObjects, steps: Sequence[Sequence[bytes]], writer: ObjectWriter, progress: Progress
-) -> None:
-    sizes = local.sizes()
+def _send(local: LocalObjects, needed: Reached, writer: ObjectWriter, progress: Progress) -> None:
+    sizes = needed.sizes
+    steps = needed.steps()
     progress.start("push", sum(sizes[oid] for step in steps for oid in step))
+    commits = set(needed.commits)
+    durable = False
+    near = True  # until it has taken its time
+
+    def send(some: Sequence[bytes]) -> None:
+        for oid in some:
+            writer.write_stored(oid, local.own_stored(oid))
+        progress.advance(sum(sizes[oid] for oid in some))
+
     for step in steps:
-        for oid in step:
-            kind = kind_of(oid)
-            if kind is None or oid not in sizes:
-                raise Damaged(f"object {oid.hex()} of this volume is missing: restore its folder")
-            writer.submit_from(
-                kind,
-                max(sizes[oid], 1),
-                lambda oid=oid: local.own_plain(oid),  # type: ignore[misc]
-                lambda oid: progress.advance(sizes[oid]),
-            )
-        writer.barrier()  # nobody may find an object before all that it names
+        if not durable and commits.intersection(step):
+            writer.barrier()
+            durable = True
+        for some in _parts(step, sizes, writer.workers):
+            if near:
+                began = time.monotonic()
+                send(some)
+                near = time.monotonic() - began < NEAR * len(some)
+            else:
+                writer.run(sum(sizes[oid] for oid in some), partial(send, some))
+        writer.drain()  # nobody may find an object before all that it names
+    writer.barrier()
 
 
-def _moved(session: Session, target: str, tip: bytes) -> None:
+def _parts(
+    step: Sequence[bytes], sizes: Mapping[bytes, int], workers: int
+) -> Iterator[list[bytes]]:
+    """Objects that one thread sends in a row: small ones together, and enough for all threads."""
+    most = max(1, min(MOST, len(step) // (4 * workers)))
+    part: list[bytes] = []
+    size = 0
+    for oid in step:
+        part.append(oid)
+        size += sizes[oid]
+        if len(part) >= most or size >= LARGE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _moved(session: Session, target: str, tip: bytes, needed: Reached) -> None:
     """The branch has our commits. What follows is tidying up, and may be broken off anywhere."""
     before, commits = session.state, session.own_commits()
-    sent = reach(session.local, commits).all()
     if (before.ref, before.upstream) != (target, tip.hex()):
         gone = {oid.hex() for oid, _ in commits}
         heads = {n: line for n, line in before.heads.items() if n != target}
@@ -211,6 +244,6 @@ def _moved(session: Session, target: str, tip: bytes) -> None:
         session.save(ref=target, upstream=tip.hex(), heads=heads, kept=kept, seen=None)
         reflog.append(session.folder, "push", before.base, before.base, f"to {target}")
     # All but the commit that the volume lies on: it is opened with the store away.
-    session.local.release(sent - {tip})
+    session.local.release(needed.all() - {tip})
     if session.state.pending is None:
         sweep(session.local, session.state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from ..repository.commits import Commit
@@ -19,6 +19,7 @@ class Reached:
     data: set[bytes] = field(default_factory=set)
     nodes: dict[int, set[bytes]] = field(default_factory=dict)
     commits: list[bytes] = field(default_factory=list)  # oldest first
+    sizes: dict[bytes, int] = field(default_factory=dict)  # of all own objects, bytes as stored
 
     def steps(self) -> list[list[bytes]]:
         """In the order of writing: nothing comes before what it names."""
@@ -34,8 +35,8 @@ def reach(local: LocalObjects, commits: Iterable[tuple[bytes, Commit]]) -> Reach
 
     What is not the volume's own is in its repository, and so is all below it.
     """
-    own = set(local.sizes())
-    found = Reached()
+    found = Reached(sizes=local.sizes())
+    own = found.sizes.keys()
     for oid, made in commits:
         if oid in own:
             found.commits.insert(0, oid)
@@ -44,7 +45,7 @@ def reach(local: LocalObjects, commits: Iterable[tuple[bytes, Commit]]) -> Reach
     return found
 
 
-def _nodes(local: LocalObjects, own: set[bytes], made: Commit, found: Reached) -> None:
+def _nodes(local: LocalObjects, own: Set[bytes], made: Commit, found: Reached) -> None:
     pending = [(made.index, made.levels - 1)]
     while pending:
         oid, level = pending.pop()
@@ -59,8 +60,10 @@ def _nodes(local: LocalObjects, own: set[bytes], made: Commit, found: Reached) -
             found.data.update(child for child in children if child in own)
 
 
-def _chains(local: LocalObjects, own: set[bytes], data: set[bytes]) -> None:
+def _chains(local: LocalObjects, own: Set[bytes], data: set[bytes]) -> None:
     """Add the own parts below the patches in `data`."""
+    if not any(kind_of(oid) in (Kind.CHUNK, Kind.PATCH) for oid in own - data):
+        return  # there is nothing that could be below
     pending = [oid for oid in data if kind_of(oid) is Kind.PATCH]
     while pending:
         patch = local.patch(pending.pop())

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..chunkstore import open_store
-from ..chunkstore.base import ChunkStore
 from ..errors import KeyNotFound, NotFound
+from ..repository.change import block_of
 from ..repository.commits import MAX_COMMIT, Commit
 from ..repository.index import NODE_SIZE, Index
-from ..repository.objects import NULL_ID, Form, Kind, key_id, kind_of, object_key
+from ..repository.objects import NULL_ID, Form, Kind, kind_of, object_key
 from ..repository.patch import BLOCK_BITS, Patch, max_patch_size
 from ..repository.repository import Repository
 from ..units import MiB
 from .cache import Cache
+from .packs import PackedStore
 
 OBJECTS = "objects"
 PATCH_MEMORY = 64 * MiB  # of decoded patches, for reads of what was committed and not pushed
 
 
-def open_objects(folder: Path, *, create: bool = False) -> ChunkStore:
+def open_objects(folder: Path, *, create: bool = False) -> PackedStore:
     """The store of the volume's own objects."""
-    return open_store(f"cp://{folder.absolute()}/{OBJECTS}", create=create, check=False)
+    root = folder.absolute() / OBJECTS
+    return PackedStore(open_store(f"cp://{root}", create=create, check=False), root)
 
 
 class LocalObjects:
@@ -83,6 +85,28 @@ class LocalObjects:
                     self._patch_blocks -= len(old.blocks)
         return patch
 
+    def unchanged(self, oid: bytes, blocks: Mapping[int, bytes]) -> set[int]:
+        """The numbers of those `blocks` that the chunk behind an index entry has already, as far
+        as what is here tells. What it says is proven; what it does not say means nothing.
+        """
+        rest, same = dict(blocks), set[int]()
+        while rest:
+            if oid == NULL_ID:
+                return same | {number for number, block in rest.items() if not any(block)}
+            found = self._cache.same_blocks(oid, rest)  # under a patch's id: the patched chunk
+            if found is not None:
+                return same | found
+            if kind_of(oid) is not Kind.PATCH:
+                plain = self.part(oid) or b""
+                return same | {n for n, block in rest.items() if block_of(plain, n) == block}
+            patch = self.patch(oid)
+            if patch is None:
+                break
+            same.update(n for n, block in rest.items() if patch.blocks.get(n) == block)
+            rest = {n: block for n, block in rest.items() if n not in patch.blocks}
+            oid = patch.chain[0]
+        return same
+
     def patched_into(self, oid: bytes, offset: int, view: memoryview) -> bool:
         """Fill `view` from `offset` in the chunk that `oid` names, if the patches that are here
         have all of it: then nothing below them is needed. False else; `view` means nothing then.
@@ -133,15 +157,21 @@ class LocalObjects:
 
     def sizes(self) -> dict[bytes, int]:
         """The volume's own objects, reachable or not: id → bytes on disk."""
-        found = ((key_id(entry.key), entry.size) for entry in self.store.list("objects/"))
-        return {oid: size for oid, size in found if oid is not None}
+        return self.store.sizes()
 
     def own_plain(self, oid: bytes) -> bytes:
         """The verified plaintext of one of them. Raises Damaged."""
         return self._own.read_object(oid, tuple(Kind), self._chunk_size)[1]
 
-    def release(self, ids: Iterable[bytes]) -> None:
-        """The store has these now: they move from the volume's own into the cache."""
+    def own_stored(self, oid: bytes) -> bytes:
+        """One of them as it is stored, proven. Raises Damaged."""
+        return self._own.read_stored(oid, tuple(Kind), self._chunk_size)[2]
+
+    def release(self, ids: Set[bytes]) -> None:
+        """The store has these now: they are the volume's own no more, and can still be read here
+        while there is room for them.
+        """
+        packed = self.store.sent(ids)
 
         def move(oid: bytes) -> None:
             kind = kind_of(oid)
@@ -149,7 +179,7 @@ class LocalObjects:
             self.store.delete(object_key(oid))
 
         with ThreadPoolExecutor(8, thread_name_prefix="release") as pool:
-            for _ in pool.map(move, ids):
+            for _ in pool.map(move, ids - packed):
                 pass
 
     def commit(self, oid: bytes) -> Commit | None:
@@ -178,7 +208,7 @@ def remote_node(repository: Repository) -> Callable[[bytes], bytes]:
 
 
 def own_commits(
-    store: ChunkStore, form: Form, tip: bytes, stop: str | None = None
+    store: PackedStore, form: Form, tip: bytes, stop: str | None = None
 ) -> Iterator[tuple[bytes, Commit]]:
     """As `LocalObjects.commits`, of a volume's own objects alone. Raises Damaged."""
     oid: bytes | None = tip
@@ -191,7 +221,7 @@ def own_commits(
         oid = commit.parents[0] if commit.parents else None
 
 
-def _read(store: ChunkStore, form: Form, oid: bytes, kind: Kind, bound: int) -> bytes | None:
+def _read(store: PackedStore, form: Form, oid: bytes, kind: Kind, bound: int) -> bytes | None:
     try:
         data = store.get(object_key(oid), 0, form.max_stored(bound) + 1)
     except KeyNotFound:

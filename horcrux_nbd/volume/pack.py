@@ -23,11 +23,14 @@ from ..repository.patch import (
     BLOCK_SIZE,
 )
 from ..repository.writer import ObjectWriter
+from ..units import MiB
 from .blockmap import BASE, DATA, GROUP_BITS
 from .layer import Layer
 from .local import LocalObjects
 
-AT_ONCE = 4096  # chunks that wait for a thread; each waiting one costs a kilobyte
+AT_ONCE = 64  # chunks that one thread takes: handing over each of them costs what a patch costs
+# Written bytes below which one thread is faster than two, which wait for Python's lock in turns.
+FEW = 32 * MiB
 
 
 @dataclass
@@ -110,42 +113,41 @@ class Packer:
         numbers = touched_chunks(self._layers, self._index, size, self._commit.chunks)
         progress.start("commit", len(numbers) * size)
 
-        def work(number: int) -> None:
-            self._chunk(number)
-            progress.advance(size)
+        def work(some: Sequence[int]) -> None:
+            for number in some:
+                self._chunk(number)
+            progress.advance(len(some) * size)
 
-        pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="pack")
-        try:
-            for at in range(0, len(numbers), AT_ONCE):
-                for _ in pool.map(work, numbers[at : at + AT_ONCE]):
+        parts = [numbers[at : at + AT_ONCE] for at in range(0, len(numbers), AT_ONCE)]
+        written = sum(sum(layer.blocks.count()) for layer in self._layers) * BLOCK_SIZE
+        if written < FEW:
+            for part in parts:
+                work(part)
+        else:
+            pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="pack")
+            try:
+                for _ in pool.map(work, parts):
                     pass
-        finally:
-            pool.shutdown(cancel_futures=True)  # on a full disk the rest would fail one by one
+            finally:
+                pool.shutdown(cancel_futures=True)  # on a full disk the rest would fail one by one
         self._packed.changes.sort()
         return self._packed
 
     def _chunk(self, number: int) -> None:
         blocks = written_blocks(self._layers, self._commit, number)
+        if not blocks:
+            return
         old = self._index.lookup(number)
-        count = min(self._commit.chunk_size, self._commit.size - number * self._commit.chunk_size)
-        content = self._local.content(old)
-        first: bytes | None
-        if content is not None:
-            changed = {n: block for n, block in blocks.items() if block_of(content, n) != block}
-            first = block_of(content, 0)
-        else:
-            patched = self._writer.patched(old)
-            changed = {n: block for n, block in blocks.items() if patched.get(n) != block}
-            first = patched.get(0)
-            if len({*blocks, *patched}) >= -(-count >> BLOCK_BITS):  # all of it is known after all
-                content = with_blocks(bytes(self._commit.chunk_size), {**patched, **blocks})
+        same = self._local.unchanged(old, blocks)
+        changed = {n: block for n, block in blocks.items() if n not in same}
         if not changed:
             return
-        if number == 0 and changed.keys() == {0} and first is not None:
-            self._packed.bookkeeping = only_bookkeeping(first, changed[0])
-        if content is None and layers_of(old) >= MAX_LAYERS and self._local.patch(old) is None:
-            content = self._fetch(old)
-        new, is_patch = self._writer.store(old, changed, content)
+        if number == 0 and changed.keys() == {0}:
+            content = self._local.content(old)
+            first = self._writer.patched(old).get(0) if content is None else block_of(content, 0)
+            if first is not None:
+                self._packed.bookkeeping = only_bookkeeping(first, changed[0])
+        new, is_patch = self._writer.store(old, changed, lambda: self._whole(number, old, blocks))
         if new == old:
             return
         with self._lock:
@@ -153,6 +155,21 @@ class Packer:
             self._packed.changed_bytes += len(changed) * BLOCK_SIZE
             self._packed.chunks += not is_patch
             self._packed.patches += is_patch
+
+    def _whole(self, number: int, old: bytes, blocks: dict[int, bytes]) -> bytes | None:
+        """What the chunk was, as far as it matters below `blocks`, where that can be had here. From
+        the store only where there is no other way.
+        """
+        content = self._local.content(old)
+        if content is not None:
+            return content
+        patched = self._writer.patched(old)
+        count = min(self._commit.chunk_size, self._commit.size - number * self._commit.chunk_size)
+        if len({*blocks, *patched}) >= -(-count >> BLOCK_BITS):  # all of it is known after all
+            return with_blocks(bytes(self._commit.chunk_size), {**patched, **blocks})
+        if layers_of(old) >= MAX_LAYERS and self._local.patch(old) is None:
+            return self._fetch(old)
+        return None
 
 
 # Of ext4's superblock: when and where it was mounted and how often, when it was written last, the
