@@ -12,8 +12,10 @@ def author() -> str:
     """`Name <mail>` from $HORCRUX_AUTHOR, git's environment or git's configuration."""
     if value := os.environ.get("HORCRUX_AUTHOR"):
         return value
-    name = os.environ.get("GIT_AUTHOR_NAME") or _git("user.name")
-    mail = os.environ.get("GIT_AUTHOR_EMAIL") or _git("user.email")
+    name, mail = os.environ.get("GIT_AUTHOR_NAME", ""), os.environ.get("GIT_AUTHOR_EMAIL", "")
+    if not name or not mail:
+        configured = _configured()
+        name, mail = name or configured.get("name", ""), mail or configured.get("email", "")
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a uid without an account, as in many containers
@@ -23,11 +25,12 @@ def author() -> str:
     return f"{name} <{mail}>" if mail else name
 
 
-def _git(key: str) -> str:
+def _configured() -> dict[str, str]:
+    """What git's configuration says of `user`; the last value of a key counts."""
+    command = ["git", "config", "--null", "--get-regexp", r"^user\.(name|email)$"]
     try:
-        result = subprocess.run(
-            ["git", "config", "--get", key], capture_output=True, text=True, timeout=5, check=False
-        )
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip()
+        return {}
+    pairs = (entry.partition("\n") for entry in result.stdout.split("\0") if entry)
+    return {key.removeprefix("user."): value.strip() for key, _, value in pairs}

@@ -81,6 +81,7 @@ class Freezer:
     def __init__(self, targets: Sequence[Path], timeout: float = TIMEOUT) -> None:
         self._targets, self._timeout = targets, timeout
         self._child: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
 
     def __enter__(self) -> Freezer:
         if self._targets:
@@ -94,18 +95,20 @@ class Freezer:
                 start_new_session=True,  # Ctrl-C is for us, and we thaw
                 bufsize=0,
             )
-            try:
-                self._expect("ready")
-            except BaseException:
-                self._close()
-                raise
         return self
+
+    def ready(self) -> None:
+        """Wait until a freeze need not wait for anything but the kernel. Raises HorcruxError."""
+        if not self._is_ready:
+            self._expect("ready")
+            self._is_ready = True
 
     def freeze(self) -> None:
         """Consistent on their devices, and no writes until `thaw`. Raises TimedOut, HorcruxError.
 
         Keep it to milliseconds: writers hang meanwhile.
         """
+        self.ready()
         self._tell()
         self._expect("frozen")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 import threading
 import time
@@ -29,7 +30,8 @@ from ..units import MiB
 from .base import Stat
 
 FOLDER = ".tmp-puts"  # below the root, so that a sweep is one look; its name is no key
-MAX_FILES = 256  # a quarter of the usual limit of open files
+OF_FILES = 4  # a batch takes a quarter of the files that the process may open,
+MAX_FILES = 2048  # and no more than this
 MAX_BYTES = 256 * MiB
 SYNCS = 64  # at once: the kernel makes one commit of them (8 at once took five times as many)
 STALE = 24 * 3600.0  # seconds; no batch stays open so long
@@ -54,6 +56,7 @@ class PendingFiles:
 
     def __init__(self, root: str, url: str) -> None:
         self._root, self._url = root, url
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // OF_FILES
         self._open: dict[str, Pending] = {}  # by key
         self._syncing: dict[str, Pending] = {}
         self._bytes = 0
@@ -85,7 +88,7 @@ class PendingFiles:
             replaced = self._open.pop(key, None)
             self._open[key] = pending
             self._bytes += len(data) - (replaced.size if replaced else 0)
-            is_time = len(self._open) >= MAX_FILES or self._bytes >= MAX_BYTES
+            is_time = len(self._open) >= min(self._most, MAX_FILES) or self._bytes >= MAX_BYTES
         if replaced:
             _drop(replaced)
         return is_time

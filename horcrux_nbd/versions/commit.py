@@ -34,6 +34,8 @@ from .session import Holder, ServerGone, Session, holder
 
 GROUP_TAG = "group"  # commits of several volumes that were made together have its value in common
 
+WRITE_OUTS = 5  # of a file system that is written to, before it is frozen
+MOMENT = 0.005  # seconds that such a sync takes where next to nothing was dirty
 LOOK_BACK = 64  # versions among which the commit of a set is looked for after a crash
 
 
@@ -126,7 +128,9 @@ def _freeze(sessions: Sequence[Session], holders: Sequence[Holder], pending: Pen
     with Freezer(targets) as freezer, ThreadPoolExecutor(len(holders)) as pool:
         list(pool.map(lambda held: held.prepare(), holders))
         for target in targets:
-            write_out(target)  # so that the freeze has little left to do
+            _write_out(target)
+        list(pool.map(lambda held: held.prepare(), holders))
+        freezer.ready()
         began = time.monotonic()
         try:
             freezer.freeze()
@@ -138,6 +142,17 @@ def _freeze(sessions: Sequence[Session], holders: Sequence[Holder], pending: Pen
             for session, held in zip(sessions, holders, strict=True):
                 _abandon(session, held)
             raise
+
+
+def _write_out(target: Path) -> None:
+    """Leave little for the freeze to write: what is dirtied while one sync goes on is written by
+    the next, which takes less time, down to what the workload dirties in a moment.
+    """
+    for _ in range(WRITE_OUTS):
+        began = time.monotonic()
+        write_out(target)
+        if time.monotonic() - began < MOMENT:
+            return
 
 
 def _abandon(session: Session, held: Holder) -> None:

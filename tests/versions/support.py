@@ -105,6 +105,8 @@ def clear_cache() -> None:
     """Let this host forget all that it does not need to keep."""
     from horcrux_nbd.volume.cache import Cache
 
+    for pack in paths.volumes().glob("*/objects/packs/*.sent"):
+        pack.unlink()
     if paths.cache().is_dir():
         cache = Cache(paths.cache())
         cache.clear()

@@ -329,13 +329,14 @@ def objects(url: str) -> set[str]:
     [
         ("horcrux_nbd.repository.writer:ObjectWriter.barrier", 1, "before"),
         ("horcrux_nbd.repository.writer:ObjectWriter.barrier", 1, "after"),
-        ("horcrux_nbd.repository.writer:ObjectWriter.barrier", 3, "after"),
+        ("horcrux_nbd.repository.writer:ObjectWriter.barrier", 2, "after"),
         ("horcrux_nbd.repository.writer:ObjectWriter.confirm", 1, "before"),
         ("horcrux_nbd.repository.refs:Refs.move", 1, "before"),
         ("horcrux_nbd.repository.refs:Refs.move", 1, "after"),
         ("horcrux_nbd.volume.state:VolumeState.save", 1, "before"),
         ("horcrux_nbd.volume.state:VolumeState.save", 1, "after"),
         ("horcrux_nbd.volume.local:LocalObjects.release", 1, "before"),
+        ("horcrux_nbd.volume.packs:PackedStore.sent", 1, "after"),
         ("horcrux_nbd.versions.push:sweep", 1, "before"),
     ],
 )

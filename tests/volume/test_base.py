@@ -237,9 +237,9 @@ def test_a_damaged_cache_file_is_fetched_again(tmp_path: Path, url: str, damage:
     first = Opened(url, tmp_path / "cache")
     assert first.read(3 * CHUNK, 2 * CHUNK) == original(3 * CHUNK, 2 * CHUNK)
     first.idle()
-    path = first.cache._path("chunks", first.ids[3])
+    path = Path(first.cache._path("chunks", first.ids[3]))
     whole = path.read_bytes()
-    other = first.cache._path("chunks", first.ids[4]).read_bytes()
+    other = Path(first.cache._path("chunks", first.ids[4])).read_bytes()
     path.write_bytes({"cut off": whole[:500], "swapped": other, "zeros": bytes(len(whole))}[damage])
     if damage == "cut off":  # an open file that shrinks is noticed too
         assert first.read(3 * CHUNK, CHUNK) == original(3 * CHUNK, CHUNK)

@@ -60,7 +60,7 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
 
 
 def path_of(cache: Cache, number: int) -> Path:
-    return cache._path("chunks", oid_of(number))
+    return Path(cache._path("chunks", oid_of(number)))
 
 
 def test_what_is_inserted_is_there_for_everybody(cache: Cache) -> None:
@@ -421,3 +421,20 @@ def test_three_processes_share_three_chunks_of_room(tmp_path: Path) -> None:
     last = Cache(folder, 3 * ON_DISK)
     assert last.size() >= bytes_on_disk(folder)
     last.close()
+
+
+def test_blocks_that_are_the_same_are_proven(cache: Cache) -> None:
+    fill(cache, 1)
+    path = path_of(cache, 1)
+    content = path.read_bytes()
+    blocks = {n: content[n * 4096 : (n + 1) * 4096] for n in range(2)}
+    other = Cache(cache.folder)
+    assert other.same_blocks(oid_of(1), {0: blocks[0], 1: bytes(4096)}) == {0}
+    assert other.same_blocks(oid_of(2), blocks) is None
+    other.close()
+    # One that is the same in a damaged file counts for nothing.
+    _flip(path, 5000)
+    other = Cache(cache.folder)
+    assert other.same_blocks(oid_of(1), {0: blocks[0]}) is None
+    assert not path.exists()
+    other.close()
