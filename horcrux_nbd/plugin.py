@@ -70,14 +70,17 @@ def cleanup():  # nbdkit calls no `unload` of a script, and this when all client
 
 
 def list_exports(readonly, is_tls):
+    server.admit()
     return [(server.export, server.description)]
 
 
 def default_export(readonly, is_tls):
+    server.admit()
     return server.export
 
 
 def open(readonly):
+    server.admit()
     return server.connect(nbdkit.export_name())
 
 

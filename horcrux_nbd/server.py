@@ -150,7 +150,7 @@ def start(
     # nbdkit holds one end of a pipe for its life, and the watcher reads the other.
     watched, life = os.pipe()
     try:
-        process = _launch(argv, folder / LOG, life)
+        process = launch(argv, folder / LOG, life)
         server = Server(
             process, socket, boot_id(), read_only, dict(options or {}), time.monotonic(), restarts
         )
@@ -162,7 +162,7 @@ def start(
         if not wait_until(ready, START_LIMIT) or not process.alive():
             process.signal(signal.SIGKILL)
             process.wait_gone(DYING)
-            raise HorcruxError(f"volume {name} cannot be served: {_said(folder / LOG)}")
+            raise HorcruxError(f"volume {name} cannot be served: {said(folder / LOG)}")
         _watch(name, folder, watched)  # not before: one that cannot start is not started again
     finally:
         os.close(watched)
@@ -178,7 +178,8 @@ _LAUNCHER = (
 )  # fmt: skip
 
 
-def _launch(argv: list[str], log: Path, life: int) -> Process:
+def launch(argv: list[str], log: Path, *inherited: int) -> Process:
+    """Start nbdkit for good, with the descriptors `inherited`. Raises HorcruxError."""
     with open(log, "wb") as output, io_flusher(), _blocked():
         launcher = subprocess.Popen(
             [*_LAUNCHER, *argv],
@@ -187,7 +188,7 @@ def _launch(argv: list[str], log: Path, life: int) -> Process:
             stderr=output,
             cwd="/",
             env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/bin:/bin"},
-            pass_fds=(life,),
+            pass_fds=inherited,
         )
     assert launcher.stdin is not None
     assert launcher.stdout is not None
@@ -196,7 +197,7 @@ def _launch(argv: list[str], log: Path, life: int) -> Process:
         launcher.wait()
         process = Process.of(int(pid)) if pid else None
         if process is None:
-            raise HorcruxError(f"nbdkit cannot be started: {_said(log)}")
+            raise HorcruxError(f"nbdkit cannot be started: {said(log)}")
         launcher.stdin.write(b"\n")
     return process
 
@@ -233,7 +234,7 @@ def _watch(name: str, folder: Path, watched: int) -> None:
         )
 
 
-def _said(log: Path) -> str:
+def said(log: Path) -> str:
     """The reason in nbdkit's output: its error line without the decoration."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line]

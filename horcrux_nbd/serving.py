@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__, paths
+from . import __version__, paths, peer
 from .attach.base import FOLDER
 from .control import ControlServer
 from .errors import HorcruxError, UsageError
 from .names import check_name, check_ref
+from .repository import keyring
 from .repository.repository import Resolved
 from .units import MiB, parse_size
 from .volume import volume as volumes
@@ -50,6 +51,8 @@ KEYS = {
     "if it has none",
     "timeout": "seconds that a read waits for a store that is away (default: 60)",
     "control": "path of a socket that tells this server's figures (horcrux-cli uses it)",
+    "keyfile": "key file of an encrypted repository (default: the key that this host has)",
+    "plain_tcp": "true: let other hosts in over TCP without TLS, to read and change everything",
     "log": "debug, info, warning (default) or error",
 }
 
@@ -122,13 +125,16 @@ class Server:
         if "ref" in values:
             check_ref(values["ref"])
         self._flag("readonly")
+        self._flag("plain_tcp")
         self._cache_size()
         self._limit()
         self._filling(FillOptions())
         _set_up_log(values.get("log", os.environ.get("HORCRUX_LOG", "warning")))
-        for key in ("overlay", "cache", "control"):
+        for key in ("overlay", "cache", "control", "keyfile"):
             if key in values:
                 values[key] = os.path.abspath(values[key])  # nbdkit goes to / when it forks
+        if "keyfile" in values:
+            keyring.use_key_file(values["keyfile"])
         if "volume" in values:
             name = values["volume"]
             self._folder = (
@@ -277,6 +283,10 @@ class Server:
     def _log_level(self, ask: Mapping[str, Any]) -> None:
         level = str(ask["level"])
         logging.getLogger().setLevel(_level(level))
+
+    def admit(self) -> None:
+        """Refuse a client from elsewhere that anybody could listen to. Raises UsageError."""
+        peer.check(self._flag("plain_tcp"))
 
     def connect(self, export: str) -> Volume:
         """What a client gets that asked for `export`."""

@@ -40,6 +40,7 @@ PROGRAM = "horcrux-cli"
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM
 OUTPUT_CLOSED = 141  # 128 + SIGPIPE
+KEY_FILE = "HORCRUX_KEY_FILE"  # as keyring.py has it
 HICCUP = 5.0  # seconds
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
@@ -204,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice stands
             signal.signal(number, _terminate)
+    if path := os.environ.get(KEY_FILE):
+        os.environ[KEY_FILE] = os.path.abspath(path)  # for servers, which run elsewhere
     try:
         result = cli.main(
             args=None if arguments is None else list(arguments),

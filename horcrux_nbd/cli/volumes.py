@@ -264,6 +264,14 @@ def detach(volume: str, force: bool) -> None:
 @click.argument("volume", type=VOLUME)
 @click.option("--socket", type=click.Path(), help="Listen there. Default: below the state folder.")
 @click.option("--foreground", is_flag=True, help="Stay, and stop serving on Ctrl-C or SIGTERM.")
+@click.option("--tcp", metavar="[HOST:]PORT", help="Over TCP too. HOST: default 127.0.0.1.")
+@click.option(
+    "--tls",
+    type=click.Path(file_okay=False),
+    help="With --tcp: folder with ca-cert.pem, server-cert.pem, server-key.pem.",
+)
+@click.option("--any-client", is_flag=True, help="With --tls: clients need no certificate.")
+@click.option("--plain", is_flag=True, help="With --tcp: no TLS; that network reads and writes.")
 @read_only_option
 @prefetching.fill_options
 @output.json_option
@@ -271,6 +279,10 @@ def serve(
     volume: str,
     socket: str | None,
     foreground: bool,
+    tcp: str | None,
+    tls: str | None,
+    any_client: bool,
+    plain: bool,
     read_only: bool,
     prefetch: str | None,
     fill_rate: int | None,
@@ -285,9 +297,22 @@ def serve(
     horcrux-cli serve amcc
     qemu-img info "$(horcrux-cli serve amcc)"
     qemu-system-x86_64 -drive file='nbd+unix:///?socket=/run/horcrux/amcc/nbd.sock'
+
+    Other machines get in with --tcp and TLS: those whose certificate the same authority signed.
+
+    \b
+    horcrux-cli serve amcc --tcp 0.0.0.0:10809 --tls /etc/pki/nbdkit
     """
     from .. import host
+    from .. import tcp as over_tcp
 
+    if tcp is None and (tls or any_client or plain):
+        raise UsageError("--tls, --any-client and --plain go with --tcp")
+    address = None if tcp is None else over_tcp.parse(tcp)
+    if address is not None and plain == (tls is not None):
+        raise UsageError(over_tcp.CHOOSE)
+    if tls is not None:
+        over_tcp.check_certificates(Path(tls))
     served = host.serve(
         volume,
         socket=Path(os.path.abspath(socket)) if socket else None,
@@ -295,6 +320,19 @@ def serve(
         options=prefetching.server_options(prefetch, fill_rate, record),
     )
     uri = nbd_uri(served.socket)
+    if address is not None:
+        try:
+            uri = over_tcp.serve(
+                volume,
+                served,
+                address,
+                Path(tls) if tls else None,
+                any_client=any_client,
+                plain=plain,
+            ).uri
+        except BaseException:
+            host.stop(volume)
+            raise
     if as_json:
         output.emit_json({"pid": served.pid, "socket": str(served.socket), "uri": uri})
     else:

@@ -34,6 +34,11 @@ def _folders() -> tuple[Path, Path]:
     return paths.run() / FOLDER, paths.root() / FOLDER
 
 
+def use_key_file(path: str) -> None:
+    """Let this process, and those that it starts, use the key file at `path`."""
+    os.environ[KEY_FILE] = os.path.abspath(path)
+
+
 def is_id(repository_id: str) -> bool:
     """Whether it can be the id of an encrypted repository: it becomes a file's name."""
     return bool(_ID.fullmatch(repository_id))
