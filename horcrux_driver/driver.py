@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from horcrux_nbd import config, files, host, paths
+from horcrux_nbd import config, files, host, paths, supervise
 from horcrux_nbd.contents import holds_changes
 from horcrux_nbd.errors import Busy, HorcruxError, NotFound, UsageError
 from horcrux_nbd.names import Version
@@ -241,6 +241,9 @@ class Driver:
                     record = records.load(name)
                     if record is None or not _exists(record.volume):
                         continue
+                    # Mostly done by its watcher already; that may have been killed as well.
+                    if supervise.revive(record.volume) is not None:
+                        log.warning("volume %s: its server was gone and is back", name)
                     record = self._forget_stale(record, grace)
                     if not record.wanted:
                         self._take_down(record)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 import stat
 from pathlib import Path
+
+from aiohttp import web
 
 from horcrux_nbd import files
 from horcrux_nbd.errors import Busy, UsageError
@@ -58,3 +61,25 @@ def unix(path: Path) -> socket.socket:
     found.listen(BACKLOG)
     os.rename(temporary, path)
     return found
+
+
+async def site(runner: web.BaseRunner, address: str) -> None:
+    """Serve on `address`: the path of a Unix socket, for root alone, or ADDRESS:PORT.
+
+    Raises UsageError, Busy, OSError where it is taken.
+    """
+    if address.startswith("/"):
+        await web.SockSite(runner, unix(Path(address))).start()
+        return
+    name, _, port = address.rpartition(":")
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+        number = int(port)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 65535:
+        raise UsageError(
+            f"{address} is no place to listen: give a path (/run/horcrux/metrics.sock), or an "
+            "address and a port (127.0.0.1:9748)"
+        )
+    await web.TCPSite(runner, name.strip("[]"), number).start()

@@ -18,7 +18,9 @@ import click
 from horcrux_nbd import __version__, config, files, paths
 from horcrux_nbd.errors import EnvironmentProblem, HorcruxError
 
-PROGRAM = "horcrux-dv"
+from . import logs
+
+PROGRAM = logs.PROGRAM
 SOCKET = "/run/docker/plugins/horcrux.sock"
 EVERY = 30.0  # seconds between two looks at what is really there
 GRACE = 60.0  # seconds after a mount in which its container may not run yet
@@ -38,9 +40,24 @@ TAKE_OVER = 15.0  # seconds that the driver before this one has to end
     metavar="URL",
     help="Ask this Docker which containers run. Default: $DOCKER_HOST, or its usual socket.",
 )
-@click.option("--log-level", default="info", show_default=True, help="debug, info or warning.")
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    metavar="LEVEL",
+    help="debug, info, warning or error. SIGUSR1 makes it one step more, SIGUSR2 one less.",
+)
+@click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
+@click.option(
+    "--metrics",
+    metavar="ADDRESS",
+    help="Serve figures for Prometheus there, at /metrics: the path of a Unix socket, or "
+    "ADDRESS:PORT.",
+)
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def command(socket: Path, docker_host: str | None, log_level: str) -> None:
+def command(
+    socket: Path, docker_host: str | None, log_level: str, log_json: bool, metrics: str | None
+) -> None:
     """The Docker volume driver of Horcrux: serves until it is told to end.
 
     Servers and mounts of volumes go on without it; the next one takes them over.
@@ -50,39 +67,41 @@ def command(socket: Path, docker_host: str | None, log_level: str) -> None:
     docker volume create -d horcrux -o name=AMCC -o access=scp://me@nas:/srv/images v1
     docker run -v v1:/data …
     """
-    for package in ("aiohttp", "docker"):
+    for package in ("aiohttp", "docker", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise EnvironmentProblem(
                 f"the Python package {package} is missing: pip install 'horcrux-nbd[driver]'"
             )
     if os.geteuid() != 0:
         raise EnvironmentProblem("horcrux-dv attaches and mounts volumes, which needs root")
-    _set_up_log(log_level)
+    logs.set_up(log_level, as_json=log_json)
     config.load()  # what is wrong with it is told now
     files.make_folder(paths.run(), 0o700)
     lock = files.FileLock(paths.run() / "driver.lock", PROGRAM)
     lock.acquire(TAKE_OVER)
     try:
-        asyncio.run(_serve(socket, docker_host))
+        asyncio.run(_serve(socket, docker_host, metrics))
     finally:
         lock.release()
 
 
-async def _serve(path: Path, docker_host: str | None) -> None:
+async def _serve(path: Path, docker_host: str | None, figures_at: str | None) -> None:
     from aiohttp import web
 
     from . import listen
     from .driver import Driver
     from .engine import Engine
+    from .metrics import Metrics
     from .protocol import SHUTDOWN_LIMIT, Protocol
 
     log = logging.getLogger(PROGRAM)
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    driver = Driver(Engine(docker_host))
+    logs.follow_signals(asyncio.get_running_loop())
+    driver, figures = Driver(Engine(docker_host)), Metrics()
     due, ended = threading.Event(), threading.Event()
-    protocol = Protocol(driver, activated=due.set)
+    protocol = Protocol(driver, activated=due.set, called=figures.called)
     looking = threading.Thread(target=_look, args=(driver, due, ended), daemon=True)
     runner = web.AppRunner(
         protocol.application(),
@@ -96,6 +115,10 @@ async def _serve(path: Path, docker_host: str | None) -> None:
     sockets = sockets or [listen.unix(path)]
     for one in sockets:
         await web.SockSite(runner, one).start()
+    scraped = web.AppRunner(figures.application(), access_log=None)
+    if figures_at is not None:
+        await scraped.setup()
+        await listen.site(scraped, figures_at)
     looking.start()
     log.info("%s %s listens on %s", PROGRAM, __version__, path)
     await told.wait()
@@ -103,6 +126,7 @@ async def _serve(path: Path, docker_host: str | None) -> None:
     if ours:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+    await scraped.cleanup()
     await runner.cleanup()
     ended.set()
     due.set()
@@ -121,16 +145,6 @@ def _look(driver: object, due: threading.Event, ended: threading.Event) -> None:
         except Exception:  # the next one may do better
             logging.getLogger(PROGRAM).exception("looking at the volumes")
         due.wait(EVERY)
-
-
-def _set_up_log(level: str) -> None:
-    if level not in ("debug", "info", "warning"):
-        raise click.UsageError(f"--log-level {level}: say debug, info or warning")
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format=f"{PROGRAM}: %(levelname)s: %(message)s"
-    )
-    for library in ("boto3", "botocore", "urllib3", "paramiko", "docker", "asyncio"):
-        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -37,6 +38,8 @@ UNMOUNT_LIMIT = 50.0  # seconds; Docker gives one minute
 QUESTIONS, WORK = 16, 256  # threads
 SHUTDOWN_LIMIT = 60.0  # seconds for requests under way, when the driver is told to end
 
+_PROBLEM, _BODY = "horcrux.problem", "horcrux.body"  # of a request, for its log line
+
 Body = dict[str, Any]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -50,14 +53,18 @@ class Protocol:
         *,
         work_limit: float = WORK_LIMIT,
         activated: Callable[[], None] = lambda: None,
+        called: Callable[[str, float, bool], None] = lambda call, seconds, ok: None,
     ) -> None:
-        """`activated` is called when a Docker begins to use the driver."""
+        """`activated` is called when a Docker begins to use the driver, `called` after each call:
+        its name, the seconds that it took, whether it went well.
+        """
         self.driver, self._work_limit, self._activated = driver, work_limit, activated
+        self._called = called
         self._questions = ThreadPoolExecutor(QUESTIONS, "question")
         self._work = ThreadPoolExecutor(WORK, "work")
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY, middlewares=[_errors])
+        app = web.Application(client_max_size=MAX_BODY, middlewares=[self._observed, _errors])
         for path, handler in {
             "/Plugin.Activate": self._activate,
             "/VolumeDriver.Capabilities": self._capabilities,
@@ -71,6 +78,34 @@ class Protocol:
         }.items():
             app.router.add_post(path, handler)
         return app
+
+    @web.middleware
+    async def _observed(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        began = time.monotonic()
+        problem = "nobody waited for the answer"
+        try:
+            response = await handler(request)
+            problem = request.get(_PROBLEM, "")
+            return response
+        finally:
+            seconds = time.monotonic() - began
+            call = request.path.rpartition(".")[2]
+            if request.match_info.http_exception is None:
+                self._called(call, seconds, not problem)
+            body = request.get(_BODY, {})
+            facts = {"call": call, "volume": body.get("Name"), "mount_id": body.get("ID")}
+            log.log(
+                logging.INFO if problem else logging.DEBUG,
+                "%s %s: %s",
+                call,
+                facts["volume"] or "",
+                problem or f"{seconds * 1000:.1f} ms",
+                extra={
+                    **{key: one for key, one in facts.items() if one},
+                    "seconds": round(seconds, 4),
+                    **({"problem": problem} if problem else {}),
+                },
+            )
 
     async def close(self) -> None:
         """Wait for what is under way: also what nobody waits for any more has to be undone."""
@@ -187,6 +222,7 @@ async def _body(request: web.Request) -> Body:
         return {}
     if not isinstance(value, dict):
         raise UsageError("the request is no JSON object")
+    request[_BODY] = value
     return value
 
 
@@ -220,12 +256,14 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except (HorcruxError, OSError) as error:
         if isinstance(error, ConnectionError):
             raise
-        log.info("%s: %s", request.path, error)
+        request[_PROBLEM] = str(error)
         return _answer(request, {"Err": str(error)})
     except web.HTTPException as error:
+        request[_PROBLEM] = error.reason
         answer = _answer(request, {"Err": error.reason})
         answer.set_status(error.status)
         return answer
     except Exception as error:  # a bug of ours must not become an empty answer
         log.exception("%s", request.path)
+        request[_PROBLEM] = repr(error)
         return _answer(request, {"Err": f"horcrux-dv failed: {error!r}"})

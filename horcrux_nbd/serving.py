@@ -281,8 +281,9 @@ class Server:
         }
 
     def _log_level(self, ask: Mapping[str, Any]) -> None:
-        level = str(ask["level"])
-        logging.getLogger().setLevel(_level(level))
+        level = _level(str(ask["level"]))
+        logging.getLogger().setLevel(level)
+        log.error("log level: %s", level)  # an error, so that it is seen at every level
 
     def admit(self) -> None:
         """Refuse a client from elsewhere that anybody could listen to. Raises UsageError."""
