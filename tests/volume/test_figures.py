@@ -35,7 +35,7 @@ def test_many_threads_lose_no_count() -> None:
 
     def work() -> None:
         for _ in range(2000):
-            figures.fetched(10)
+            figures.fetched(10, 5)
             figures.failed()
             figures.fetches.add(0.01)
             figures.cache_hits += 1
