@@ -22,6 +22,7 @@ from .attach.processes import Process, boot_id, io_flusher, wait_until
 from .attach.sockets import listener
 from .errors import Busy, Damaged, EnvironmentProblem, HorcruxError
 from .names import check_name
+from .native import build
 
 # nbdkit threads for each connection: 16 keep a 20 ms line busy (786 reads/s, PEERS.md) and cost
 # warm reads least; four connections have 64.
@@ -66,6 +67,12 @@ def folder_of(name: str) -> Path:
 def plugin_path() -> Path:
     """The nbdkit plugin of this installation."""
     return Path(__file__).with_name("plugin.py")
+
+
+def filters(nbdkit: str | Path = "nbdkit") -> list[str]:
+    """nbdkit's option for the native filter, where there is one that fits."""
+    found = build.found(nbdkit)
+    return [] if found is None else [f"--filter={found}"]
 
 
 def running(name: str) -> Server | None:
@@ -145,7 +152,8 @@ def start(
     }
     argv = [
         nbdkit, "--foreground", "--unix", str(socket), "--threads", str(THREADS),
-        "python", str(plugin_path()), *(f"{key}={value}" for key, value in keys.items()),
+        *filters(nbdkit), "python", str(plugin_path()),
+        *(f"{key}={value}" for key, value in keys.items()),
     ]  # fmt: skip
     # nbdkit holds one end of a pipe for its life, and the watcher reads the other.
     watched, life = os.pipe()

@@ -278,6 +278,8 @@ class Server:
             **self._volume.base.figures.to_json(),
             "waited_chunks": self._volume.base.demand.missed,
             "prefetch": self._volume.filler.figures() if self._volume.filler else None,
+            "native": self._volume.native is not None,
+            **(self._volume.native.sums() if self._volume.native is not None else {}),
         }
 
     def _log_level(self, ask: Mapping[str, Any]) -> None:

@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "repository": {"chunkstore"},
     "source": set(),
     "attach": set(),
-    "volume": {"chunkstore", "repository"},
+    "native": set(),
+    "volume": {"chunkstore", "repository", "native"},
     "config": {"chunkstore"},
     "generate": {"chunkstore", "repository", "source"},
     "refresh": {"chunkstore", "repository", "source", "volume"},
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tcp": {"server", "attach"},
     "serving": {"peer", "attach", "chunkstore", "repository", "volume", "control"},
     "plugin": {"serving"},
-    "server": {"attach"},
+    "server": {"attach", "native"},
     "filesystem": set(),
     "host": {"chunkstore", "repository", "volume", "attach", "server", "control", "config"},
 }

@@ -94,6 +94,19 @@ def nbdkit() -> Iterator[Finding]:
         yield Finding("nbdkit-python", FAIL, "nbdkit has no Python plugin", install)
         return
     yield from python_match(text)
+    yield native_filter()
+
+
+def native_filter() -> Finding:
+    """Whether volumes that are served from now on are served natively."""
+    from ..native import build
+
+    if found := build.found():
+        return Finding("native filter", OK, f"in use ({found})")
+    if os.environ.get(build.SWITCH) == "0":
+        return Finding("native filter", OK, f"switched off ({build.SWITCH}=0)")
+    what = "not built for this nbdkit: all works, but what is local is served by Python, slower"
+    return Finding("native filter", WARN, what, build.why_not() or "horcrux-cli native build")
 
 
 def python_match(dump: str) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 from ..errors import Damaged
+from ..native import handles, library
 from ..repository.commits import Commit
 from ..repository.index import Index
 from ..repository.objects import NULL_ID, Kind, kind_of
@@ -53,6 +54,9 @@ class Base:
         self._read_ahead = ReadAhead(commit.chunk_size, commit.chunks)
         self.figures = figures or Figures()
         self.demand = demand or Demand()
+        # Where nbdkit's filter finds the chunks that were read here once and are still open.
+        found = library.active()
+        self.table = handles.Table(found, commit.chunk_size, 2 * cache.max_open) if found else None
         # One slot of the store is left for a reader that waits.
         threads = max(1, min(16, repository.store.concurrency - 1))
         self._background = Background(self._prefetch, threads)
@@ -83,12 +87,16 @@ class Base:
         oid = self._index.lookup(number) if number < self.commit.chunks else NULL_ID
         if oid == NULL_ID:
             fill_zeros(view)
+            if self.table is not None:
+                self.table.put_zeros(number)
             return
         self.demand.touch(number)
         cached = self._cache.open(oid)
         if cached is not None:
             if cached.read_into(offset, view):
                 self.figures.cache_hits += 1
+                if self.table is not None and cached.native is not None:
+                    self.table.put(number, cached.native)
                 return
             self._cache.drop(oid)
         # What was committed here is read here, whether the chunk below it can be had or not.

@@ -31,6 +31,7 @@ import xxhash
 
 from .. import files
 from ..errors import HorcruxError, NoSpace
+from ..native import handles, library
 from ..repository.commits import MAX_CHUNK
 from ..repository.patch import max_patch_size
 from ..units import GiB
@@ -74,12 +75,30 @@ class Entry:
 class CachedFile:
     """An open, verified cache file. It stays readable when evicted, and closes when let go."""
 
-    __slots__ = ("fd", "length", "touched", "used")
+    __slots__ = ("_used", "fd", "length", "native", "touched")
 
     def __init__(self, fd: int, length: int) -> None:
         self.fd, self.length = fd, length
-        self.used = False  # since it was touched
+        self._used = False
         self.touched = time.monotonic()
+        found = library.active()
+        # It closes the descriptor, when no native read is under way any more.
+        self.native = handles.File(found, fd, length) if found is not None else None
+
+    @property
+    def used(self) -> bool:
+        """Whether it was read since `touch`."""
+        return self._used or (self.native is not None and self.native.was_used())
+
+    def use(self) -> None:
+        self._used = True
+
+    def touch(self) -> None:
+        """Give the file the time of now, for the next eviction to see. Raises OSError."""
+        self._used, self.touched = False, time.monotonic()
+        if self.native is not None:
+            self.native.was_used(reset=True)
+        _touch(self.fd)
 
     def read_into(self, offset: int, view: memoryview) -> bool:
         """Fill `view` from `offset`; False if it cannot be read any more, or is shorter."""
@@ -98,8 +117,9 @@ class CachedFile:
         return got == len(view)
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
+        if self.native is None:
+            with contextlib.suppress(OSError):
+                os.close(self.fd)
 
 
 class Cache:
@@ -118,7 +138,7 @@ class Cache:
             stat = os.statvfs(folder)
             limit = min(MAX_DEFAULT, stat.f_blocks * stat.f_frsize // DEFAULT_PART)
         self.limit = limit
-        self._max_open = max(16, _raise_file_limit() // 4)
+        self.max_open = max(16, _raise_file_limit() // 4)
         self._open: OrderedDict[bytes, CachedFile] = OrderedDict()
         self._lock = threading.Lock()
         self._unaccounted = 0
@@ -140,7 +160,7 @@ class Cache:
         """The chunk `oid` as an open file, verified, or None if it is not here."""
         found = self._open.get(oid)
         if found is not None:
-            found.used = True
+            found.use()
             return found
         path = self._path(CHUNKS, oid)
         checked = self._check(path, oid)
@@ -186,7 +206,7 @@ class Cache:
 
     def _remember(self, oid: bytes, file: CachedFile) -> None:
         # What is evicted while open keeps its room, so few are kept open of a small cache.
-        most = max(2, min(self._max_open, self.limit // 4 // max(file.length, 1)))
+        most = max(2, min(self.max_open, self.limit // 4 // max(file.length, 1)))
         with self._lock:
             if self._closed:
                 return
@@ -378,9 +398,8 @@ class Cache:
         now = time.monotonic()
         for file in self._opened().values():
             if file.used and now - file.touched >= after:
-                file.used, file.touched = False, now
                 with contextlib.suppress(OSError):
-                    _touch(file.fd)
+                    file.touch()
 
     def _close_evicted(self) -> None:
         """Let go of files that another process evicted, so that their room comes back."""

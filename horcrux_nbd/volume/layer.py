@@ -24,7 +24,8 @@ from pathlib import Path
 from .. import files
 from ..errors import Damaged, HorcruxError, NoSpace
 from ..units import TiB
-from .blockmap import DATA, ZERO, BlockMap
+from . import core
+from .blockmap import DATA, ZERO
 from .maplog import Changes, MapLog
 from .recent import Recent
 
@@ -75,11 +76,12 @@ class Layer:
     def __init__(self, folder: Path, layer_id: bytes, size: int) -> None:
         self.folder, self.id, self.size = folder, layer_id, size
         self._log = MapLog(folder / "map", layer_id, size)
-        self._recent = Recent(folder / "recent")
-        self.blocks = BlockMap()
+        self.core = core.make(size, SEGMENT)
+        self.blocks = self.core.blocks
+        self._recent = Recent(folder / "recent", self.core.pen)
         self._files: dict[int, _File] = {}
-        self._lock = threading.Lock()  # marks, files, dirty segments
-        self._dirty_segments: set[int] = set()
+        self._lock = self.core.lock  # marks
+        self._opening = threading.Lock()  # of data files
         self._group_commit = threading.Condition()
         self._asked = self._done = 0
         self._flushing = self._given_back = False
@@ -102,7 +104,7 @@ class Layer:
         """
         self.read_only = read_only
         try:
-            self.blocks = self._log.open(read_only)
+            self._log.open(read_only, self.blocks)
         except FileNotFoundError:
             raise Damaged(f"{self._log.path} is missing: restore the volume's folder") from None
         try:
@@ -111,15 +113,17 @@ class Layer:
             flags = os.O_RDONLY if read_only else os.O_RDWR
             for name in os.listdir(self.folder):
                 if match := _DATA_NAME.fullmatch(name):
-                    self._files[int(match.group(1))] = _File(self.folder / name, flags)
+                    self._keep(int(match.group(1)), _File(self.folder / name, flags))
             for mark in self._recent.load():
                 self.blocks.mark(*mark)
             if not read_only:
                 # A process that died may have written without a sync; nobody else remembers.
-                self._dirty_segments.update(self._files)
+                for segment in self._files:
+                    self.core.touch(segment)
                 if self.blocks.is_dirty:
                     self.flush()
                 self._recent.start()
+                self.core.set_writable(True)
         except BaseException:
             self.close()
             raise
@@ -160,14 +164,18 @@ class Layer:
     def _file(self, segment: int) -> _File:
         file = self._files.get(segment)
         if file is None:
-            with self._lock:
+            with self._opening:
                 file = self._files.get(segment)
                 if file is None:
                     path = self.folder / f"data-{segment:06d}"
                     file = _File(path, os.O_RDWR | os.O_CREAT)
                     files.sync_folder(self.folder)
-                    self._files[segment] = file
+                    self._keep(segment, file)
         return file
+
+    def _keep(self, segment: int, file: _File) -> None:
+        self._files[segment] = file
+        self.core.set_file(segment, file.fd)
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Put bytes into the data files and nothing else: for blocks that are DATA already."""
@@ -188,9 +196,7 @@ class Layer:
 
     def _write_piece(self, segment: int, at: int, view: memoryview) -> None:
         files.write_all((self._files.get(segment) or self._file(segment)).fd, view, at)
-        if segment not in self._dirty_segments:
-            with self._lock:
-                self._dirty_segments.add(segment)
+        self.core.touch(segment)
 
     def mark(self, first: int, count: int, state: int) -> None:
         """Give blocks a state. Their data must have been written before, for DATA."""
@@ -264,10 +270,8 @@ class Layer:
                 changed = bool(changes[0] or changes[1])
                 if changed and self._log.wants_compaction(self.blocks.entries):
                     everything = self.blocks.everything()
-            # After the marks: each mark taken has its segment in the set that is taken here.
-            with self._lock:
-                segments, self._dirty_segments = self._dirty_segments, set()
-            for segment in segments:
+            # After the marks: each mark taken has its segment among those that are taken here.
+            for segment in self.core.take_touched():
                 os.fdatasync(self._files[segment].fd)
             if changed:
                 self._log_changes(changes, everything)
@@ -279,6 +283,7 @@ class Layer:
             raise
         except BaseException as error:
             # Whatever it was, what has been taken is not durable and no later flush knows of it.
+            self.core.set_writable(False)
             self._failed = error.with_traceback(None)  # a traceback holds on to nbdkit's buffers
             raise SyncFailed(self.folder, error) from error
 
@@ -301,6 +306,7 @@ class Layer:
 
     def retire(self) -> None:
         """Nothing is written any more; reads that are under way go on."""
+        self.core.set_writable(False)
         self._log.close()
         if self._failed is None and not self.blocks.is_dirty and not self.read_only:
             self._recent.remove()
@@ -312,4 +318,6 @@ class Layer:
         A frozen layer that readers may still hold needs no `close`: its files go with it.
         """
         self.retire()
+        for segment in self._files:
+            self.core.set_file(segment, -1)
         self._files = {}

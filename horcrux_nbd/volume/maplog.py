@@ -131,16 +131,18 @@ class MapLog:
         """Make an empty log, durably."""
         files.publish(self.path, self._header(), mode=0o600)
 
-    def open(self, read_only: bool = False) -> BlockMap:
-        """Read the log and, unless `read_only`, be ready to append. Raises Damaged.
+    def open(self, read_only: bool = False, blocks: BlockMap | None = None) -> BlockMap:
+        """Read the log, into `blocks` or an own map, and, unless `read_only`, be ready to append.
 
-        A torn end is cut off.
+        A torn end is cut off. Raises Damaged.
         """
+        blocks = blocks if blocks is not None else BlockMap()
         if read_only:
-            return self._open_beside_a_server()
+            self._open_beside_a_server(blocks)
+            return blocks
         fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            blocks, length = self._read(fd)
+            length = self._read(fd, blocks)
             if self.sequence < self._flushed.read():
                 raise self._lost()
             if self._end < length:
@@ -153,14 +155,16 @@ class MapLog:
         self._reserve(1)
         return blocks
 
-    def _open_beside_a_server(self) -> BlockMap:
-        """Read it while somebody may append to it, or replace it."""
+    def _open_beside_a_server(self, blocks: BlockMap) -> None:
+        """Read it while somebody may append to it, or replace it. Reading it again, as it is later,
+        into the same map changes that to what it is later: no block becomes BASE again.
+        """
         flushed = self._flushed.read()  # before the log, which only grows
         while True:
             with files.opened(self.path, os.O_RDONLY) as fd:
-                blocks = self._read(fd)[0]
+                self._read(fd, blocks)
             if self.sequence >= flushed:
-                return blocks
+                return
             before, flushed = flushed, self._flushed.read()
             if flushed >= before:  # else it was replaced meanwhile
                 raise self._lost()
@@ -171,7 +175,7 @@ class MapLog:
             "its end; restore the volume's folder from a backup, or remove the volume"
         )
 
-    def _read(self, fd: int) -> tuple[BlockMap, int]:
+    def _read(self, fd: int, blocks: BlockMap) -> int:
         length = os.fstat(fd).st_size
         groups = (self.size >> 12 + GROUP.bit_length() - 1) + 1
         if length > IMPLAUSIBLE_FROM + IMPLAUSIBLE_FACTOR * groups * GROUP_ENTRY.size:
@@ -179,11 +183,10 @@ class MapLog:
         data = files.read_exactly(fd, length, 0)
         if data[: FILE_HEADER.size] != self._header():
             raise Damaged(f"{self.path} is damaged or belongs to another overlay (its header)")
-        blocks, self._end = self._replay(data)
-        return blocks, len(data)
+        self._end = self._replay(data, blocks)
+        return len(data)
 
-    def _replay(self, data: bytes) -> tuple[BlockMap, int]:
-        blocks = BlockMap()
+    def _replay(self, data: bytes, blocks: BlockMap) -> int:
         self.sequence, at = 0, FILE_HEADER.size
         while at < len(data):
             batch = self._batch(data, at)
@@ -203,7 +206,7 @@ class MapLog:
             except ValueError:
                 raise Damaged(f"{self.path} is damaged at byte {at}: no such state") from None
             at = end
-        return blocks, at
+        return at
 
     def _batch(self, data: bytes, at: int) -> tuple[int, int, int, int] | None:
         """(sequence, zero ranges, groups, end) of the batch at `at`, None if none is there."""

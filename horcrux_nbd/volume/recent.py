@@ -26,6 +26,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from ..errors import NoSpace
 
@@ -51,16 +52,49 @@ def boot_id() -> bytes:
     return bytes.fromhex(text.strip().replace("-", ""))
 
 
+class PenProtocol(Protocol):
+    """Writes entries one behind the other. Here in Python (`Pen`) or native (native/handles.py)."""
+
+    @property
+    def at(self) -> int:
+        """Where the next entry goes, bytes in the file."""
+
+    def place(self, fd: int, at: int, end: int, generation: int) -> None:
+        """Go on in `fd` at `at`, up to `end`; -1: nothing is noted, and all is well."""
+
+    def note(self, first: int, what: int) -> bool:
+        """Write an entry; False if there is no room. Raises OSError."""
+
+
+class Pen:
+    """A PenProtocol in Python."""
+
+    def __init__(self) -> None:
+        self._fd, self.at, self._end, self._generation = -1, 0, 0, 0
+
+    def place(self, fd: int, at: int, end: int, generation: int) -> None:
+        self._fd, self.at, self._end, self._generation = fd, at, end, generation
+
+    def note(self, first: int, what: int) -> bool:
+        if self._fd < 0:
+            return True
+        if self.at + ENTRY.size > self._end:
+            return False
+        _write(self._fd, _encode(first, what, self._generation), self.at)
+        self.at += ENTRY.size
+        return True
+
+
 class Recent:
     """The file of one layer. Callers serialise all but `load`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pen: PenProtocol | None = None) -> None:
         self.path = path
         self._fd = -1
         self._half = 0
-        self._at = FIRST_ENTRY
+        self._pen = pen if pen is not None else Pen()
         self._generation = 0
-        self._where = b""
+        self._begin = 0  # of the entries since the last `switch`
 
     def load(self) -> list[Mark]:
         """The marks that the last process noted, oldest first; none where they do not count."""
@@ -107,30 +141,31 @@ class Recent:
             return
         fields = (MAGIC, self._generation + 1, *self._place())
         checksum = zlib.crc32(HEADER.pack(*fields, 0, 0)[:-8])
-        self._write(HEADER.pack(*fields, checksum, 0), HALF - self._half)
+        with self._telling_of_space():
+            _write(self._fd, HEADER.pack(*fields, checksum, 0), HALF - self._half)
         self._generation += 1
         self._half = HALF - self._half
-        self._at = self._half + FIRST_ENTRY
+        self._begin = self._half + FIRST_ENTRY
+        self._pen.place(self._fd, self._begin, self._half + HALF, self._generation)
 
     @property
     def noted(self) -> bool:
         """Whether there was a mark since the last `switch`."""
-        return self._at > self._half + FIRST_ENTRY
+        return self._fd >= 0 and self._pen.at > self._begin
 
     def note(self, first: int, count: int, state: int) -> bool:
         """Keep a mark; False if there is no room: flush, and try again. Raises NoSpace, OSError."""
-        if self._fd < 0:
-            return True
-        if self._at + ENTRY.size > self._half + HALF:
-            return False
-        self._write(_encode(first, count << 2 | state, self._generation), self._at)
-        self._at += ENTRY.size
-        return True
+        with self._telling_of_space():
+            return self._pen.note(first, count << 2 | state)
 
-    def _write(self, data: bytes, offset: int) -> None:
-        if _pwrite(self._fd, data, len(data), offset) != len(data):
-            code = ctypes.get_errno() or errno.EIO
-            raise _no_space(self.path, OSError(code, os.strerror(code), str(self.path)))
+    @contextlib.contextmanager
+    def _telling_of_space(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"no space left for {self.path}: free some") from error
+            raise
 
     def remove(self) -> None:
         """All that was noted is durable: nothing is left of it."""
@@ -139,6 +174,7 @@ class Recent:
             os.unlink(self.path)
 
     def close(self) -> None:
+        self._pen.place(-1, 0, 0, 0)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -157,7 +193,7 @@ def _entries(half: bytes, generation: int) -> Iterator[Mark]:
         yield first, what >> 2, what & 3
 
 
-def _no_space(path: Path, error: OSError) -> OSError | NoSpace:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(f"no space left for {path}: free some")
-    return error
+def _write(fd: int, data: bytes, offset: int) -> None:
+    if _pwrite(fd, data, len(data), offset) != len(data):
+        code = ctypes.get_errno() or errno.EIO
+        raise OSError(code, os.strerror(code))

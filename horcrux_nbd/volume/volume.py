@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import files, paths
 from ..chunkstore import open_mirrored, open_store
 from ..errors import UsageError
+from ..native import handles, library
 from ..repository.commits import Commit
 from ..repository.objects import Form
 from ..repository.repository import Repository, Resolved
@@ -64,6 +65,7 @@ class Volume:
         self.base = base
         self.overlay = overlay
         self._resources = resources
+        self.native = _native(overlay, base)
 
     # ---- open
 
@@ -149,9 +151,11 @@ class Volume:
         return cls(str(resolved.version), base, None, resources, commit_id=resolved.id)
 
     def forked(self) -> None:
-        """This process serves it now: let the lock say so."""
+        """This process serves it now: let the lock say so, and nbdkit's filter know it."""
         if self._lock is not None:
             self._lock.note_holder()
+        if self.native is not None:
+            self.native.serve(True)
 
     @property
     def read_only(self) -> bool:
@@ -253,6 +257,9 @@ class Volume:
 
     def close(self) -> None:
         """Flush, stop fetching, release the lock. Raises what `flush` raises, after all is done."""
+        if self.native is not None:
+            self.native.serve(False)
+            self.native.set([], None, read_only=True)
         try:
             self.flush()
         finally:
@@ -270,6 +277,18 @@ class Volume:
             for layer in self.overlay.layers if self.overlay is not None else ():
                 layer.close()
             _close(self._resources)
+
+
+def _native(overlay: Overlay | None, base: Base) -> handles.Volume | None:
+    """What nbdkit's filter serves from, where this process has it."""
+    if overlay is not None:
+        return overlay.native
+    found = library.active()
+    if found is None:
+        return None
+    native = handles.Volume(found, 0)
+    native.set([], base.table, read_only=True)
+    return native
 
 
 class Closable:

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horcrux_nbd.volume.blockmap import BASE, DATA, GROUP, MIN_RANGE, ZERO, BlockMap, Ranges
+from horcrux_nbd.volume import core
+from horcrux_nbd.volume.blockmap import BASE, DATA, GROUP, MIN_RANGE, ZERO, BlockMap, ZeroRanges
 
 TIB = 1 << 28  # blocks in a TiB
+
+
+def new_map() -> BlockMap:
+    return core.make(1 << 62, 1 << 40).blocks
+
+
+def new_ranges() -> ZeroRanges:
+    """Of the map, in Python or native; it goes with the map."""
+    return new_map()._zeros
 
 
 def states_of(blocks: BlockMap, first: int, stop: int) -> list[int]:
@@ -29,7 +39,7 @@ def states_of(blocks: BlockMap, first: int, stop: int) -> list[int]:
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=30))
 def test_ranges_are_the_set_of_what_was_added(added: list[tuple[int, int]]) -> None:
-    ranges, model = Ranges(), set()
+    ranges, model = new_ranges(), set()
     for start, length in added:
         ranges.add(start, start + length)
         model.update(range(start, start + length))
@@ -55,7 +65,7 @@ MARKS = st.tuples(
 def test_states_are_those_that_were_marked(
     marks: list[tuple[int, int, int]], first: int, length: int
 ) -> None:
-    blocks, model = BlockMap(), [BASE] * GROUP * 40
+    blocks, model = new_map(), [BASE] * GROUP * 40
     for at, count, state in marks:
         blocks.mark(at, count, state)
         model[at : at + count] = [state] * count
@@ -74,7 +84,7 @@ def test_states_are_those_that_were_marked(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(MARKS, st.booleans()), max_size=20))
 def test_what_is_dirty_makes_the_same_map(steps: list[tuple[tuple[int, int, int], bool]]) -> None:
-    blocks, copy, compact = BlockMap(), BlockMap(), BlockMap()
+    blocks, copy, compact = new_map(), new_map(), new_map()
     for (at, count, state), take in [*steps, ((0, 1, DATA), True)]:
         blocks.mark(at, count, state)
         if take:
@@ -97,7 +107,7 @@ def test_what_is_dirty_makes_the_same_map(steps: list[tuple[tuple[int, int, int]
 
 
 def test_dirty_changes_that_could_not_be_logged_come_again() -> None:
-    blocks = BlockMap()
+    blocks = new_map()
     blocks.mark(0, GROUP * MIN_RANGE, ZERO)
     blocks.mark(5, 1, DATA)
     zeros, groups = blocks.take_dirty()
@@ -114,7 +124,7 @@ def test_dirty_changes_that_could_not_be_logged_come_again() -> None:
 
 
 def test_a_disk_discarded_piece_by_piece_is_one_range() -> None:
-    blocks = BlockMap()
+    blocks = new_map()
     for piece in range(0, TIB, GROUP * MIN_RANGE):
         blocks.mark(piece, GROUP * MIN_RANGE, ZERO)
     assert blocks.entries == 1
@@ -122,7 +132,7 @@ def test_a_disk_discarded_piece_by_piece_is_one_range() -> None:
 
 
 def test_short_zeroed_pieces_make_no_ranges() -> None:
-    blocks = BlockMap()
+    blocks = new_map()
     for group in range(0, 2000, 2):
         blocks.mark(group * GROUP, GROUP, ZERO)
     assert blocks.zero_ranges() == []
@@ -131,7 +141,7 @@ def test_short_zeroed_pieces_make_no_ranges() -> None:
 
 @pytest.mark.parametrize("written", [0, 100, 20_000])
 def test_64_tib_are_walked_and_trimmed_in_the_time_of_what_was_written(written: int) -> None:
-    blocks, end = BlockMap(), 64 * TIB
+    blocks, end = new_map(), 64 * TIB
     numbers = random.Random(1).sample(range(end), written)
     for number in numbers:
         blocks.mark(number, 1, DATA)
@@ -147,7 +157,7 @@ def test_64_tib_are_walked_and_trimmed_in_the_time_of_what_was_written(written: 
 
 
 def test_new_groups_after_a_walk_are_found_by_the_next() -> None:
-    blocks, end = BlockMap(), 64 * TIB
+    blocks, end = new_map(), 64 * TIB
     for step in range(200):
         blocks.mark(step * 500_009 * GROUP, 1, DATA)
         assert sum(1 for run in blocks.runs(0, end) if run[0] == DATA) == step + 1
@@ -158,7 +168,7 @@ def test_new_groups_after_a_walk_are_found_by_the_next() -> None:
 
 def test_readers_beside_a_marker_see_each_block_before_or_after() -> None:
     """A group that is trimmed after it was written never shows as BASE in between."""
-    blocks, stop = BlockMap(), threading.Event()
+    blocks, stop = new_map(), threading.Event()
     blocks.mark(0, GROUP * 64, DATA)
     wrong: list[object] = []
 
@@ -185,7 +195,7 @@ def test_readers_beside_a_marker_see_each_block_before_or_after() -> None:
 
 def test_a_trimmed_group_is_zeros_before_it_is_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """The moment that the threads above hardly ever meet."""
-    blocks = BlockMap()
+    blocks = new_map()
     blocks.mark(0, GROUP * 64, DATA)
     add, seen = blocks._zeros.add, []
 

@@ -316,7 +316,7 @@ def test_the_count_is_made_anew_where_it_cannot_be_trusted(cache: Cache, usage: 
 
 
 def test_no_more_files_are_open_than_allowed(cache: Cache) -> None:
-    cache._max_open = 5
+    cache.max_open = 5
     fill(cache, *range(20))
     assert len(cache._open) == 5
     assert all(got(cache, number) == content_of(number) for number in range(20))

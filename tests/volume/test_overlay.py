@@ -21,6 +21,8 @@ SIZE = 48 * BLOCK_SIZE
 class FakeBase:
     """A version in memory that counts what is read of it, and can keep readers waiting."""
 
+    table = None
+
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.reads: list[tuple[int, int]] = []

@@ -10,13 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from horcrux_nbd.volume import recent
+from horcrux_nbd.volume import core, recent
 from horcrux_nbd.volume.recent import ENTRY, FIRST_ENTRY, HALF, Recent
+
+_cores: list[core.Core] = []  # a pen's memory goes with its core
+
+
+def new_recent(folder: Path) -> Recent:
+    _cores.append(core.make(1 << 40, 1 << 40))
+    return Recent(folder / "recent", _cores[-1].pen)
 
 
 def started(folder: Path) -> Recent:
     folder.mkdir(exist_ok=True)
-    noted = Recent(folder / "recent")
+    noted = new_recent(folder)
     noted.load()
     noted.start()
     return noted
@@ -35,7 +42,7 @@ def test_marks_are_there_for_the_next_process(tmp_path: Path) -> None:
     assert noted.noted
     noted.close()
     assert loaded(tmp_path) == marks
-    noted = Recent(tmp_path / "recent")
+    noted = new_recent(tmp_path)
     noted.load()
     noted.start()
     assert loaded(tmp_path) == [], "they are durable when it is started"
