@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from horcrux_nbd.native import build, library
+
 MARK = "HORCRUX_TESTS"
 ENDING = 5.0  # seconds for processes that were told to end to be gone
 
@@ -125,3 +127,11 @@ def _devices(base: str) -> list[str]:
         if backing.startswith(base):
             found.append(f"/dev/{file.parts[3]} on {backing}")
     return found
+
+
+@pytest.fixture(scope="session")
+def shared_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The filter, built from the sources as they are."""
+    if reason := build.why_not():
+        pytest.skip(reason)
+    return build.compiled(tmp_path_factory.mktemp("native") / library.NAME)

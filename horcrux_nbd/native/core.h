@@ -28,7 +28,7 @@
 #define BLOCK_SIZE (1u << BLOCK_BITS)
 #define GROUP_BITS 7
 #define GROUP (1u << GROUP_BITS) /* blocks */
-#define STRIPES 64
+#define STRIPES 64 /* overlay.py has the same number */
 
 enum { HX_BASE = 0, HX_DATA = 1, HX_ZERO = 2, HX_MIXED = 3 };
 #define HX_ABSENT -1
@@ -136,8 +136,9 @@ HX_API void hx_gate_enter (struct hx_volume *volume);
 HX_API void hx_gate_leave (struct hx_volume *volume);
 HX_API void hx_gate_close (struct hx_volume *volume);
 HX_API void hx_gate_open (struct hx_volume *volume);
-HX_API void hx_stripe_lock (struct hx_volume *volume, unsigned number);
-HX_API void hx_stripe_unlock (struct hx_volume *volume, unsigned number);
+/* `which` has a bit for each stripe. */
+HX_API void hx_stripes_lock (struct hx_volume *volume, uint64_t which);
+HX_API void hx_stripes_unlock (struct hx_volume *volume, uint64_t which);
 /* Read from the start of the request what is here; bytes done, the rest is left to Python. */
 HX_API size_t hx_read (struct hx_volume *volume, void *buf, size_t count, uint64_t offset);
 /* 1 if it is written, 0 if that is left to Python. */

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from .library import Library
@@ -155,12 +155,6 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._give(*self._which)  # type: ignore[operator]
 
-    def acquire(self) -> None:
-        self.__enter__()
-
-    def release(self) -> None:
-        self.__exit__()
-
 
 class Layer:
     """core.Core of one layer."""
@@ -271,17 +265,13 @@ class Gate:
 class Volume:
     """The stack that is served natively, and the locks of its writers."""
 
-    def __init__(self, library: Library, stripes: int) -> None:
+    def __init__(self, library: Library) -> None:
         self._quick, self._slow = library.quick, library.slow
         self.pointer = 0
         self.pointer = self._quick.volume_new() or 0
         if not self.pointer:
             raise MemoryError
         self.gate = Gate(library, self.pointer)
-        self.stripes = [
-            Lock(self._slow.stripe_lock, self._quick.stripe_unlock, self.pointer, number)
-            for number in range(stripes)
-        ]
         self._kept: object = None
 
     def set(self, layers: Sequence[Layer], base: Table | None, read_only: bool) -> None:
@@ -290,6 +280,11 @@ class Volume:
         table = base.pointer if base is not None else None
         _check(self._slow.volume_set(self.pointer, pointers, len(layers), table, read_only))
         self._kept = (tuple(layers), base)
+
+    def stripes(self, numbers: Iterable[int]) -> Lock:
+        """The locks of these stripes, as one."""
+        which = sum(1 << number for number in numbers)
+        return Lock(self._slow.stripes_lock, self._quick.stripes_unlock, self.pointer, which)
 
     def serve(self, serving: bool) -> None:
         """Whether nbdkit's requests are served from here."""

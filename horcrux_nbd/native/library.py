@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "gate_leave": (None, [c_void_p]),
     "gate_close": (None, [c_void_p]),
     "gate_open": (None, [c_void_p]),
-    "stripe_lock": (None, [c_void_p, c_uint]),
-    "stripe_unlock": (None, [c_void_p, c_uint]),
+    "stripes_lock": (None, [c_void_p, c_uint64]),
+    "stripes_unlock": (None, [c_void_p, c_uint64]),
     "read": (c_size_t, [c_void_p, c_void_p, c_size_t, c_uint64]),
     "write": (c_int, [c_void_p, c_void_p, c_size_t, c_uint64]),
     "volume_sums": (None, [c_void_p, POINTER(c_uint64)]),

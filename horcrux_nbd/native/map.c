@@ -25,6 +25,7 @@ struct group {
 
 struct node {
   _Atomic (void *) slots[FANOUT]; /* nodes; groups in the lowest level */
+  _Atomic uint64_t count;         /* of groups below that are present: walks skip the rest */
 };
 
 struct range {
@@ -34,7 +35,7 @@ struct range {
 struct hx_map {
   struct node root;
   struct group *dirty; /* a list */
-  _Atomic uint64_t count, dirty_count;
+  _Atomic uint64_t dirty_count;
   pthread_rwlock_t zeros_lock;
   struct range *zeros; /* ascending, neither touching nor overlapping */
   size_t zeros_room;
@@ -183,12 +184,23 @@ soil (struct hx_map *map, struct group *group)
   }
 }
 
+/* One group more, or less, is present in each node above `number`. */
+static void
+tally (struct hx_map *map, uint64_t number, uint64_t change)
+{
+  struct node *node = &map->root;
+  for (int level = LEVELS - 1; level >= 0; level--) {
+    atomic_fetch_add (&node->count, change);
+    node = atomic_load_explicit (&node->slots[slot_of (number, level)], memory_order_relaxed);
+  }
+}
+
 static void
 show (struct hx_map *map, struct group *group)
 {
   if (atomic_load (&group->present))
     return;
-  atomic_fetch_add (&map->count, 1);
+  tally (map, group->number, 1);
   atomic_store (&group->present, true);
 }
 
@@ -218,7 +230,7 @@ hx_map_drop (struct hx_map *map, uint64_t number)
   if (!group)
     return;
   atomic_store (&group->present, false);
-  atomic_fetch_sub (&map->count, 1);
+  tally (map, number, (uint64_t) -1);
   if (group->dirty)
     atomic_fetch_sub (&map->dirty_count, 1);
   group->dirty = false;
@@ -240,12 +252,12 @@ next_in (struct node *node, int level, uint64_t number)
 {
   for (unsigned i = slot_of (number, level); i < FANOUT; i++) {
     void *below = atomic_load_explicit (&node->slots[i], memory_order_acquire);
-    if (below && level) {
+    if (below && level && atomic_load (&((struct node *) below)->count)) {
       struct group *found = next_in (below, level - 1, i == slot_of (number, level) ? number : 0);
       if (found)
         return found;
     }
-    else if (below && atomic_load (&((struct group *) below)->present))
+    else if (below && !level && atomic_load (&((struct group *) below)->present))
       return below;
   }
   return NULL;
@@ -267,7 +279,7 @@ hx_map_next (struct hx_map *map, uint64_t number)
 uint64_t
 hx_map_count (struct hx_map *map)
 {
-  return atomic_load (&map->count);
+  return atomic_load (&map->root.count);
 }
 
 uint64_t

@@ -1,7 +1,7 @@
 /* Chunks of the base that are open and verified: a bounded table from chunk number to file.
  *
- * It never grows with the image: sets of a few slots, of which the ones that were not used lately
- * make room. What is not in it is left to Python, which puts it in again.
+ * It never grows with the image: sets of a few slots, of which the one that was not used longest makes
+ * room. What is not in it is left to Python, which puts it in again.
  *
  * A file may be retired (evicted, damaged) at any time, under reads. It is closed when the last of
  * them is done, and its memory goes with the last reference; a slot that still has it is empty.
@@ -18,11 +18,12 @@
 struct slot {
   uint64_t number;
   struct hx_file *file; /* NULL for a chunk of zeros */
-  bool taken, recent;
+  uint64_t used; /* when, in uses of its set; 0: the slot is free */
 };
 
 struct set {
   pthread_mutex_t lock; /* zero bytes are an unlocked one: untouched sets take no memory */
+  uint64_t uses;
   struct slot slots[WAYS];
 };
 
@@ -129,8 +130,8 @@ table_chunk_size (const struct hx_table *table)
 static struct set *
 set_of (struct hx_table *table, uint64_t number)
 {
-  /* Neighbours spread over sets; so do numbers that have a power of two in common. */
-  return &table->sets[(number ^ number >> 13 ^ number >> 29) & table->mask];
+  /* Fibonacci hashing: numbers that have a power of two in common spread, too. */
+  return &table->sets[(number * 0x9E3779B97F4A7C15u) >> 32 & table->mask];
 }
 
 static bool
@@ -142,21 +143,19 @@ is_gone (const struct slot *slot)
 static struct slot *
 slot_for (struct set *set, uint64_t number)
 {
-  struct slot *free_one = NULL;
+  struct slot *best = &set->slots[0];
+  uint64_t oldest = UINT64_MAX;
   for (unsigned way = 0; way < WAYS; way++) {
     struct slot *slot = &set->slots[way];
-    if (slot->taken && slot->number == number)
+    uint64_t used = is_gone (slot) ? 0 : slot->used;
+    if (slot->used && slot->number == number)
       return slot;
-    if (!free_one && (!slot->taken || is_gone (slot)))
-      free_one = slot;
+    if (used < oldest) {
+      oldest = used;
+      best = slot;
+    }
   }
-  for (unsigned turn = 0; !free_one; turn++) { /* as a clock goes round, twice at most */
-    struct slot *slot = &set->slots[turn % WAYS];
-    if (!slot->recent)
-      free_one = slot;
-    slot->recent = false;
-  }
-  return free_one;
+  return best;
 }
 
 void
@@ -169,7 +168,7 @@ hx_table_put (struct hx_table *table, uint64_t number, struct hx_file *file)
   pthread_mutex_lock (&set->lock);
   struct slot *slot = slot_for (set, number);
   old = slot->file;
-  *slot = (struct slot) { number, file, true, true };
+  *slot = (struct slot) { number, file, ++set->uses };
   pthread_mutex_unlock (&set->lock);
   drop (old);
 }
@@ -184,12 +183,12 @@ table_read (struct hx_table *table, void *buf, size_t count, uint64_t offset)
   pthread_mutex_lock (&set->lock);
   for (unsigned way = 0; way < WAYS && !found; way++) {
     struct slot *slot = &set->slots[way];
-    if (!slot->taken || slot->number != number)
+    if (!slot->used || slot->number != number)
       continue;
     file = slot->file;
     if (file && (at + count > file->length || !acquire (file)))
       break;
-    slot->recent = true;
+    slot->used = ++set->uses;
     found = true;
   }
   pthread_mutex_unlock (&set->lock);

@@ -89,15 +89,19 @@ hx_gate_open (struct hx_volume *volume)
 }
 
 void
-hx_stripe_lock (struct hx_volume *volume, unsigned number)
+hx_stripes_lock (struct hx_volume *volume, uint64_t which)
 {
-  pthread_mutex_lock (&volume->stripes[number % STRIPES]);
+  for (unsigned i = 0; i < STRIPES; i++) /* in one order, so that no two wait for each other */
+    if (which >> i & 1)
+      pthread_mutex_lock (&volume->stripes[i]);
 }
 
 void
-hx_stripe_unlock (struct hx_volume *volume, unsigned number)
+hx_stripes_unlock (struct hx_volume *volume, uint64_t which)
 {
-  pthread_mutex_unlock (&volume->stripes[number % STRIPES]);
+  for (unsigned i = 0; i < STRIPES; i++)
+    if (which >> i & 1)
+      pthread_mutex_unlock (&volume->stripes[i]);
 }
 
 void
@@ -243,9 +247,7 @@ write_fresh (struct hx_volume *volume, struct hx_layer *top, const char *buf, si
   bool done = false;
   for (uint64_t group = low; group <= high && group < low + STRIPES; group++)
     wanted |= (uint64_t) 1 << group % STRIPES;
-  for (unsigned i = 0; i < STRIPES; i++)
-    if (wanted >> i & 1)
-      pthread_mutex_lock (&volume->stripes[i]);
+  hx_stripes_lock (volume, wanted);
   if (write_data (top, buf, count, offset)) {
     pthread_mutex_lock (&top->lock);
     /* Noted before it is marked, so that the mark survives this process. */
@@ -254,9 +256,7 @@ write_fresh (struct hx_volume *volume, struct hx_layer *top, const char *buf, si
            && map_mark_data (top->map, first, stop) == 0;
     pthread_mutex_unlock (&top->lock);
   }
-  for (unsigned i = 0; i < STRIPES; i++)
-    if (wanted >> i & 1)
-      pthread_mutex_unlock (&volume->stripes[i]);
+  hx_stripes_unlock (volume, wanted);
   return done;
 }
 

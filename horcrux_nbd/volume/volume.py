@@ -286,7 +286,7 @@ def _native(overlay: Overlay | None, base: Base) -> handles.Volume | None:
     found = library.active()
     if found is None:
         return None
-    native = handles.Volume(found, 0)
+    native = handles.Volume(found)
     native.set([], base.table, read_only=True)
     return native
 

@@ -49,6 +49,10 @@ def libnbd() -> ModuleType | None:
         sys.path.remove(_DEBIAN)
 
 
+# Before our plugin; the tests of the plugin go through both.
+FILTERS: list[str] = []
+
+
 class Nbdkit:
     """One nbdkit. `keys` are the plugin's; it starts with `start` or as a context manager."""
 
@@ -64,7 +68,7 @@ class Nbdkit:
         self.socket = Path(self._folder, "s")
         self.log = Path(self._folder, "log")
         self._env = None if env is None else {**os.environ, **env}
-        what = ["python", PLUGIN, *arguments] if plugin is None else [plugin, *arguments]
+        what = [*FILTERS, "python", PLUGIN, *arguments] if plugin is None else [plugin, *arguments]
         self._command = [
             "nbdkit", "--foreground", "--unix", self.socket, *options, *what,
             *(f"{key}={value}" for key, value in keys.items()),

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from horcrux_nbd.native import build, library
+from horcrux_nbd.native import library
 
-BOTH = {"test_blockmap", "test_layer", "test_overlay", "test_recent", "test_sealing", "test_native"}
-
-
-@pytest.fixture(scope="session")
-def shared_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The filter, built from the sources as they are."""
-    if reason := build.why_not():
-        pytest.skip(reason)
-    return build.compiled(tmp_path_factory.mktemp("native") / library.NAME)
+BOTH = {"test_blockmap", "test_layer", "test_overlay", "test_recent", "test_sealing", "test_volume"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

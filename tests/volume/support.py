@@ -106,13 +106,18 @@ def make_volume(folder: Path, url: str, image: str = IMAGE) -> Path:
 
 
 def read(volume: Volume, offset: int, length: int) -> bytes:
-    data = bytearray(length)
-    volume.read_into(offset, memoryview(data))
+    """As a request is read: natively what can be, then by Python."""
+    data = memoryview(bytearray(length))
+    done = volume.native.read(offset, data) if volume.native is not None else 0
+    if done < length:
+        volume.read_into(offset + done, data[done:])
     return bytes(data)
 
 
 def write(volume: Volume, offset: int, data: bytes) -> None:
-    volume.write(offset, memoryview(bytearray(data)))
+    """As a request is written: natively if it can be, else by Python."""
+    if volume.native is None or not volume.native.write(offset, data):
+        volume.write(offset, memoryview(bytearray(data)))
 
 
 def abandon(volume: Volume) -> None:
