@@ -271,15 +271,18 @@ class Server:
     def figures(self) -> dict[str, Any]:
         """What this server did so far; bytes are of plaintext."""
         assert self._volume is not None
+        native = self._volume.native.sums() if self._volume.native is not None else {}
+        figures = self._volume.base.figures.to_json()
+        figures["cache_hits"] += native.pop("native_cache_hits", 0)
         return {
             "pid": os.getpid(),
             "seconds": round(time.monotonic() - self._began, 1),
             "dirty_bytes": self._volume.dirty_bytes(),
-            **self._volume.base.figures.to_json(),
+            **figures,
             "waited_chunks": self._volume.base.demand.missed,
             "prefetch": self._volume.filler.figures() if self._volume.filler else None,
             "native": self._volume.native is not None,
-            **(self._volume.native.sums() if self._volume.native is not None else {}),
+            **native,
         }
 
     def _log_level(self, ask: Mapping[str, Any]) -> None:

@@ -120,8 +120,9 @@ HX_API struct hx_table *hx_table_new (uint64_t chunk_size, uint64_t slots);
 HX_API void hx_table_free (struct hx_table *table);
 /* `file` NULL: the chunk is zeros. */
 HX_API void hx_table_put (struct hx_table *table, uint64_t number, struct hx_file *file);
-/* Fill `buf` from the image's byte `offset`; the request lies in one chunk. */
-bool table_read (struct hx_table *table, void *buf, size_t count, uint64_t offset);
+/* Fill `buf` from the image's byte `offset`; the request lies in one chunk. HX_DATA if it came from a
+ * file, HX_ZERO, or HX_ABSENT. */
+int table_read (struct hx_table *table, void *buf, size_t count, uint64_t offset);
 uint64_t table_chunk_size (const struct hx_table *table);
 
 /* ---- volume.c: layers over a base */
@@ -143,8 +144,9 @@ HX_API void hx_stripes_unlock (struct hx_volume *volume, uint64_t which);
 HX_API size_t hx_read (struct hx_volume *volume, void *buf, size_t count, uint64_t offset);
 /* 1 if it is written, 0 if that is left to Python. */
 HX_API int hx_write (struct hx_volume *volume, const void *buf, size_t count, uint64_t offset);
-/* Reads, bytes read, writes, bytes written here. */
-HX_API void hx_volume_sums (struct hx_volume *volume, uint64_t sums[4]);
+/* Reads, bytes read, writes, bytes written here; pieces of reads that the cache had. */
+#define SUMS 5
+HX_API void hx_volume_sums (struct hx_volume *volume, uint64_t sums[SUMS]);
 
 bool read_all (int fd, void *buf, size_t count, uint64_t offset);
 bool write_all (int fd, const void *buf, size_t count, uint64_t offset);

@@ -16,6 +16,11 @@ from .library import Library
 GROUP = 128
 _NEVER = (1 << 64) - 1
 _NO_MEMORY = -2
+# core.h, hx_volume_sums
+_SUMS = (
+    "native_reads", "native_read_bytes", "native_writes", "native_written_bytes",
+    "native_cache_hits",
+)  # fmt: skip
 
 
 def _check(result: int) -> int:
@@ -292,10 +297,9 @@ class Volume:
 
     def sums(self) -> dict[str, int]:
         """What was served natively since the start."""
-        sums = (ctypes.c_uint64 * 4)()
+        sums = (ctypes.c_uint64 * len(_SUMS))()
         self._quick.volume_sums(self.pointer, sums)
-        names = ("native_reads", "native_read_bytes", "native_writes", "native_written_bytes")
-        return dict(zip(names, sums, strict=True))
+        return dict(zip(_SUMS, sums, strict=True))
 
     # For tests, which have no nbdkit.
 

@@ -173,7 +173,7 @@ hx_table_put (struct hx_table *table, uint64_t number, struct hx_file *file)
   drop (old);
 }
 
-bool
+int
 table_read (struct hx_table *table, void *buf, size_t count, uint64_t offset)
 {
   uint64_t number = offset / table->chunk_size, at = offset % table->chunk_size;
@@ -193,14 +193,14 @@ table_read (struct hx_table *table, void *buf, size_t count, uint64_t offset)
   }
   pthread_mutex_unlock (&set->lock);
   if (!found)
-    return false;
+    return HX_ABSENT;
   if (!file) {
     memset (buf, 0, count);
-    return true;
+    return HX_ZERO;
   }
   if (!atomic_load_explicit (&file->used, memory_order_relaxed))
     atomic_store (&file->used, 1);
   found = read_all (file->fd, buf, count, at);
   release (file);
-  return found;
+  return found ? HX_DATA : HX_ABSENT;
 }

@@ -13,7 +13,7 @@ struct hx_volume {
   size_t count;
   struct hx_table *base;
   bool read_only;
-  _Atomic uint64_t sums[4];
+  _Atomic uint64_t sums[SUMS];
 };
 
 struct hx_volume *
@@ -105,9 +105,9 @@ hx_stripes_unlock (struct hx_volume *volume, uint64_t which)
 }
 
 void
-hx_volume_sums (struct hx_volume *volume, uint64_t sums[4])
+hx_volume_sums (struct hx_volume *volume, uint64_t sums[SUMS])
 {
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < SUMS; i++)
     sums[i] = atomic_load (&volume->sums[i]);
 }
 
@@ -193,7 +193,10 @@ read_piece (struct hx_volume *volume, char *buf, size_t count, uint64_t offset)
   uint64_t chunk_size = table_chunk_size (volume->base);
   if (count > chunk_size - offset % chunk_size)
     count = chunk_size - offset % chunk_size;
-  return table_read (volume->base, buf, count, offset) ? count : 0;
+  state = table_read (volume->base, buf, count, offset);
+  if (state == HX_DATA)
+    atomic_fetch_add_explicit (&volume->sums[4], 1, memory_order_relaxed);
+  return state == HX_ABSENT ? 0 : count;
 }
 
 size_t

@@ -68,6 +68,7 @@ def test_what_was_read_once_is_read_natively(volume: Volume) -> None:
     sums = volume.native.sums()
     assert sums["native_reads"] == 3
     assert sums["native_read_bytes"] == 2 * CHUNK - 5 + CHUNK - 7 + CHUNK - 100
+    assert sums["native_cache_hits"] == 3, "of chunks, not of holes"
     assert sums["native_writes"] == sums["native_written_bytes"] == 0
 
 
