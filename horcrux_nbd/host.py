@@ -24,7 +24,7 @@ from .attach.mount import mount as mount_device
 from .attach.mount import unmount_device
 from .attach.mountinfo import Mount, mounts_of
 from .chunkstore import open_mirrored, open_store
-from .errors import Busy, Damaged, HorcruxError, NotFound, StoreError, UsageError
+from .errors import Busy, Damaged, HorcruxError, KeyRequired, NotFound, StoreError, UsageError
 from .names import Version, check_name, is_name
 from .repository.refs import suggest
 from .repository.repository import Repository
@@ -251,6 +251,12 @@ def unpushed(name: str) -> set[bytes]:
 # ---- serve, attach, mount
 
 
+def _check_key(state: VolumeState) -> None:
+    """Raises KeyRequired where a server of the volume would find no key."""
+    if state.lacks_key:
+        raise KeyRequired(state.lacks_key)
+
+
 def serve(
     name: str,
     *,
@@ -262,7 +268,7 @@ def serve(
 
     A device of it whose server had died is connected to the new one, where it can be (kernel NBD).
     """
-    load(name)
+    _check_key(load(name))
     with locked(name):
         serving = server.start(
             name, folder_of(name), socket=socket, read_only=read_only, options=options
@@ -315,6 +321,8 @@ def _attach(
         devices.clean_up(_attach_state(name))
     serving = server.running(name)
     started = serving is None
+    if started:
+        _check_key(state)
     if serving is None:
         serving = server.start(name, folder_of(name), read_only=read_only, options=options)
     try:

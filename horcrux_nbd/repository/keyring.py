@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from .. import files, paths
+from ..chunkstore import open_store
 from ..chunkstore.base import ChunkStore
 from ..errors import EnvironmentProblem, KeyRequired, UsageError
 from .objects import PLAIN, Form
@@ -76,6 +77,11 @@ def is_known(repository_id: str) -> bool:
     )
 
 
+def is_at_hand(repository_id: str) -> bool:
+    """Whether a key of that repository is here, or a key file that may be one."""
+    return is_known(repository_id) or bool(os.environ.get(KEY_FILE))
+
+
 def remember(repository_id: str, master: bytes) -> None:
     """Keep a master key in this process's memory."""
     with _lock:
@@ -108,26 +114,36 @@ def forget(repository_id: str) -> bool:
     return found
 
 
-def form_of_host(repository_id: str, url: str, *, encrypted: bool = True) -> Form:
-    """The form of a repository, by a key that this host has. Asks nothing of a store.
+def locked(url: str) -> str:
+    """What to do about a repository whose key is not here."""
+    return (
+        f"{url} is encrypted, and this host does not have its key: `horcrux-cli key unlock {url}`, "
+        f"or name a key file in {KEY_FILE}"
+    )
 
-    Raises KeyRequired where it is encrypted and there is none.
+
+def form_of_host(repository_id: str, url: str, *, encrypted: bool = True) -> Form:
+    """The form of a repository, by a key that this host has. Asks nothing of the store at `url`,
+    unless a key file is named: what it opens is there.
+
+    Raises KeyRequired where it is encrypted and there is no key; with a key file StoreError.
     """
     if not encrypted:
         return PLAIN
     from .encryption import EncryptedForm
-    from .keys import MASTER, read_key_file
+    from .keys import MASTER, read_key_file, unlock
 
     master = find(repository_id)
     if master is None and (path := os.environ.get(KEY_FILE)):
         secret = read_key_file(path)
-        if secret.kind == MASTER and secret.repository_id == repository_id:
+        if secret.kind != MASTER:
+            with open_store(url) as store:
+                master = unlock(store, repository_id, secret)[0]
+            remember(repository_id, master)
+        elif secret.repository_id == repository_id:
             master = secret.value
     if master is None:
-        raise KeyRequired(
-            f"{url} is encrypted, and this host does not have its key: "
-            f"`horcrux-cli key unlock {url}`, or name a key file in {KEY_FILE}"
-        )
+        raise KeyRequired(locked(url))
     return EncryptedForm(master)
 
 
@@ -150,7 +166,7 @@ def form_of(store: ChunkStore, repository_id: str, cipher: str, check: str) -> F
         master = unlock(store, repository_id, read_key_file(path))[0]
         remember(repository_id, master)
     if master is None:
-        return form_of_host(repository_id, store.url)
+        raise KeyRequired(locked(store.url))
     if key_check(master, repository_id) != check:
         raise KeyRequired(
             f"the key that this host has for {store.url} is not its key: somebody replaced the "

@@ -19,10 +19,10 @@ from blake3 import blake3
 
 from .. import files
 from ..chunkstore import open_store, parse_store_url
-from ..errors import Damaged, EnvironmentProblem, KeyRequired, NotFound, UsageError
+from ..errors import Damaged, EnvironmentProblem, NotFound, UsageError
 from ..names import DEFAULT_BRANCH, Version, check_name
 from ..repository.commits import Commit, check_chunk_size, now
-from ..repository.keyring import form_of_host
+from ..repository.keyring import form_of_host, is_at_hand, locked
 from ..repository.objects import ID_SIZE, Form, Kind, object_key
 from ..repository.repository import Repository, Resolved
 from .layer import Layer
@@ -124,12 +124,9 @@ class VolumeState:
 
     @property
     def lacks_key(self) -> str:
-        """What is to be done where this host lacks the key; nothing where it has it."""
-        try:
-            form_of_host(self.repository_id, self.repository, encrypted=self.encrypted)
-        except KeyRequired as error:
-            return str(error)
-        return ""
+        """What is to be done where this host has no key; nothing where it has. Asks nobody."""
+        lacks = self.encrypted and not is_at_hand(self.repository_id)
+        return locked(self.repository) if lacks else ""
 
     @property
     def asked(self) -> Version:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import KeyRequired, NotFound
+from ..errors import KeyRequired, NotFound, StoreError
 from ..repository.index import Index
 from .cache import Cache
 from .layer import BLOCK_SIZE, Layer
@@ -38,7 +38,7 @@ def survey(folder: Path, state: VolumeState, cache_folder: Path) -> Survey:
         layer.close()
     try:
         cached, total = _cached(folder, state, cache_folder)
-    except KeyRequired:  # what is written here can be told all the same
+    except (KeyRequired, StoreError):  # what is written here can be told all the same
         cached = total = None
     return Survey(written, zeroed, disk, cached, total)
 
