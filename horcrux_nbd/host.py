@@ -24,7 +24,7 @@ from .attach.mount import mount as mount_device
 from .attach.mount import unmount_device
 from .attach.mountinfo import Mount, mounts_of
 from .chunkstore import open_mirrored, open_store
-from .errors import Busy, Damaged, HorcruxError, KeyRequired, NotFound, StoreError, UsageError
+from .errors import Busy, Damaged, HorcruxError, NotFound, StoreError, UsageError
 from .names import Version, check_name, is_name
 from .repository.refs import suggest
 from .repository.repository import Repository
@@ -251,12 +251,6 @@ def unpushed(name: str) -> set[bytes]:
 # ---- serve, attach, mount
 
 
-def _check_key(state: VolumeState) -> None:
-    """Raises KeyRequired where a server of the volume would find no key."""
-    if state.lacks_key:
-        raise KeyRequired(state.lacks_key)
-
-
 def serve(
     name: str,
     *,
@@ -268,7 +262,7 @@ def serve(
 
     A device of it whose server had died is connected to the new one, where it can be (kernel NBD).
     """
-    _check_key(load(name))
+    load(name).require_key()
     with locked(name):
         serving = server.start(
             name, folder_of(name), socket=socket, read_only=read_only, options=options
@@ -322,7 +316,7 @@ def _attach(
     serving = server.running(name)
     started = serving is None
     if started:
-        _check_key(state)
+        state.require_key()
     if serving is None:
         serving = server.start(name, folder_of(name), read_only=read_only, options=options)
     try:

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from .. import files
 from ..chunkstore import open_store, parse_store_url
-from ..errors import Damaged, EnvironmentProblem, NotFound, UsageError
+from ..errors import Damaged, EnvironmentProblem, KeyRequired, NotFound, UsageError
 from ..names import DEFAULT_BRANCH, Version, check_name
 from ..repository.commits import Commit, check_chunk_size, now
 from ..repository.keyring import form_of_host, is_at_hand, locked
@@ -127,6 +127,11 @@ class VolumeState:
         """What is to be done where this host has no key; nothing where it has. Asks nobody."""
         lacks = self.encrypted and not is_at_hand(self.repository_id)
         return locked(self.repository) if lacks else ""
+
+    def require_key(self) -> None:
+        """Raises KeyRequired where a server of the volume would find no key."""
+        if self.lacks_key:
+            raise KeyRequired(self.lacks_key)
 
     @property
     def asked(self) -> Version:

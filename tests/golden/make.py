@@ -1,6 +1,7 @@
 """Makes the golden repository: one of everything that format 1 has. Run once for each format.
 
     python -m tests.golden.make tests/golden/v1
+    python -m tests.golden.make tests/golden/v1-encrypted       # and its key beside it
 
 What is in `tests/golden/v1` was made by the first release and is never made again: later releases
 must open it. `v1.json` says what each version holds, from the plaintexts below and not from what a
@@ -21,15 +22,17 @@ from blake3 import blake3
 
 from horcrux_nbd.chunkstore import open_store
 from horcrux_nbd.chunkstore.base import ChunkStore
+from horcrux_nbd.repository import keyring, keys
 from horcrux_nbd.repository.commits import Commit
 from horcrux_nbd.repository.index import levels_for
+from horcrux_nbd.repository.keys import Secret
 from horcrux_nbd.repository.objects import NULL_ID, Kind
 from horcrux_nbd.repository.patch import BLOCK_SIZE, Patch, chain_over
-from horcrux_nbd.repository.records import encode_record
 from horcrux_nbd.repository.repository import Repository
 from horcrux_nbd.repository.writer import ObjectWriter, publish_commit, write_index
 
 KiB, MiB, TiB = 1 << 10, 1 << 20, 1 << 40
+PASSPHRASE = "Übergröße of a horse"
 AUTHOR = "Ada Lovelace <ada@example.org>"
 
 
@@ -114,9 +117,12 @@ class Image:
         return record.commit
 
 
-def make(store: ChunkStore) -> dict[str, Any]:
-    """The golden repository in `store`, which is empty; what its versions hold, by commit id."""
-    repository = Repository.create(store, 64 * KiB)
+def make(store: ChunkStore, secret: Secret | None = None) -> dict[str, Any]:
+    """The golden repository in `store`, which is empty; what its versions hold, by commit id.
+
+    With a `secret` it is encrypted.
+    """
+    repository = Repository.create(store, 64 * KiB, secret=secret)
     refs = repository.refs
 
     # An image whose size is no multiple of the chunk, with two levels of index.
@@ -193,7 +199,7 @@ def make(store: ChunkStore) -> dict[str, Any]:
     oid = cut.commit(64 * KiB, "the oldest that is left", extra_parents=(gone,))
     key = f"refs/cut/shallow/{oid.hex()}"
     members = {"author": AUTHOR, "key": key, "time": "2026-01-03T00:00:00Z", "why": "gc"}
-    store.put_exclusive(key, encode_record(members))
+    store.put_exclusive(key, repository.form.encode_record(key, members))
     # A removal that is announced for the year 2100 hinders nobody.
     store.put_exclusive("gc/21000101T000000Z-00", b"")
     store.sync()
@@ -206,8 +212,19 @@ def make(store: ChunkStore) -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    secret = None
+    if folder.name.endswith("-encrypted"):
+        key = folder.with_suffix(".key")
+        keys.make_key_file(key)
+        secret = keys.read_key_file(key)
     with open_store(str(folder), create=True) as store:
-        versions = make(store)
+        versions = make(store, secret)
+        if secret is not None:
+            opened = Repository.open(store)
+            master = keyring.find(opened.id)
+            assert master is not None
+            words = keys.passphrase(PASSPHRASE)
+            keys.add_slot(store, keys.make_slot(words, master, opened.id, "Ada"))
     (folder / ".tmp-puts").rmdir()
     text = json.dumps(versions, indent=1, sort_keys=True)
     folder.with_suffix(".json").write_text(text + "\n")

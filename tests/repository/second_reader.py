@@ -3,11 +3,13 @@
 It shares no code with horcrux_nbd and imports nothing of it (a test sees to that), so what it reads
 right is what the document says, and not what the code happens to do. Slow and small on purpose.
 
-    python second_reader.py FOLDER IMAGE@REF OUTPUT
+    python second_reader.py FOLDER IMAGE@REF OUTPUT [PASSPHRASE-FILE | KEY-FILE]
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from typing import Any
 
 import zstandard
 from blake3 import blake3
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 CHUNK, PATCH, NODE, COMMIT = 1, 2, 3, 4
 NULL = bytes(32)
@@ -32,15 +35,69 @@ def must(condition: object, what: str) -> None:
         raise Wrong(what)
 
 
+def derived(purpose: str, secret: bytes) -> bytes:
+    context = f"horcrux-nbd 2026 repository {purpose}"
+    return blake3(secret, derive_key_context=context).digest()
+
+
+def unseal(key: bytes, sealed: bytes, bound: bytes) -> bytes:
+    try:
+        return AESGCM(key).decrypt(sealed[:12], sealed[12:], bound)
+    except Exception as error:
+        raise Wrong(f"it does not open ({error!r})") from None
+
+
 class Reader:
     """A repository of format 1 in a folder."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, secret: bytes | None = None) -> None:
+        """`secret` is what is in a key file, or a passphrase."""
         self.folder = Path(folder)
+        self.keys: dict[str, bytes] = {}  # section 15
         config = self.record("horcrux.json")
         must(config["format"] == 1, "another format")  # section 12
-        must(config["hash"] == "blake3-248-kind", "another hash")
-        must(config["features"] == [], "unknown features")
+        self.encrypted = config["hash"] == "blake3-248-kind-keyed"
+        if not self.encrypted:
+            must(config["hash"] == "blake3-248-kind", "another hash")
+            must(config["features"] == [], "unknown features")
+            return
+        must(config["features"] == ["encryption"], "unknown features")
+        must(config["encryption"]["cipher"] == "aes-256-gcm", "another cipher")
+        assert secret is not None
+        master = self.master(config["id"], secret)
+        check = derived("key check", master + config["id"].encode())
+        must(check.hex()[:32] == config["encryption"]["check"], "another key")
+        for purpose in ("object ids", "object keys", "record keys"):
+            self.keys[purpose] = derived(purpose, master)
+
+    # ---- section 15
+
+    def master(self, repository: str, secret: bytes) -> bytes:
+        found = re.fullmatch(rb"horcrux-master-1 (\w+) ([0-9a-f]{64})\n?", secret)
+        if found:
+            must(found[1].decode() == repository, "the key of another repository")
+            return bytes.fromhex(found[2].decode())
+        file = re.fullmatch(rb"horcrux-key-1 ([0-9a-f]{64})\n?", secret)
+        for path in (self.folder / "keys").iterdir():
+            slot = self.record(f"keys/{path.name}")
+            kdf, salt = slot["kdf"], bytes.fromhex(slot["kdf"]["salt"])
+            must(slot["key"] == f"keys/{path.name}", "a key of another place")
+            if file and slot["kind"] == "file":
+                wrapping = blake3(salt, key=bytes.fromhex(file[1].decode())).digest()
+            elif not file and slot["kind"] == "passphrase":
+                n, r, p = kdf["n"], kdf["r"], kdf["p"]
+                must(n <= 1 << 20 and n & (n - 1) == 0 and r <= 8 and p <= 4, "kdf")
+                wrapping = hashlib.scrypt(
+                    secret.rstrip(b"\n"), salt=salt, n=n, r=r, p=p, maxmem=(1 << 31) - 2, dklen=32
+                )
+            else:
+                continue
+            bound = f"{repository}\n{slot['key']}".encode()
+            try:
+                return unseal(wrapping, bytes.fromhex(slot["wrapped"]), bound)
+            except Wrong:
+                continue
+        raise Wrong("no key opens")
 
     # ---- section 7
 
@@ -52,6 +109,10 @@ class Reader:
         check = value.pop("check")
         canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
         must(check == blake3(canonical.encode()).hexdigest()[:32], f"{key} is damaged")
+        if self.keys:
+            must(set(value) == {"version", "sealed"}, f"{key} is not sealed")
+            sealing = blake3(key.encode(), key=self.keys["record keys"]).digest()
+            value = json.loads(unseal(sealing, base64.b64decode(value["sealed"]), key.encode()))
         return dict(value)
 
     # ---- section 2
@@ -62,19 +123,26 @@ class Reader:
         must(len(oid) == 32 and oid[31] & 15 == kind, f"{name} has another kind")
         must((oid[31] >> 4 > 0) == (kind == PATCH), f"{name} has wrong layers")
         with open(self.folder / "objects" / name[:2] / name, "rb") as file:
-            data = file.read(16 + most + 1)
+            data = file.read(16 + most + 28 + 1)
         must(len(data) >= 16, f"{name} is short")
         magic, version, stored_kind, codec, flags, n, m = struct.unpack("<4sBBBBII", data[:16])
-        must((magic, version, stored_kind, flags) == (b"HRCX", 1, kind, 0), f"{name}: header")
-        must(n <= most and m <= n and len(data) == 16 + m, f"{name}: lengths")
+        expected = (b"HRCX", 1, kind, int(self.encrypted))
+        must((magic, version, stored_kind, flags) == expected, f"{name}: header")
+        more = 28 if self.encrypted else 0
+        must(n <= most and m <= n + more and len(data) == 16 + m, f"{name}: lengths")
         plain = data[16:]
+        if self.encrypted:
+            plain = unseal(
+                blake3(oid, key=self.keys["object keys"]).digest(), plain, data[:16] + oid
+            )
         if codec == 1:
             must(zstandard.frame_content_size(plain) == n, f"{name}: frame")
             plain = zstandard.ZstdDecompressor().decompress(plain, allow_extra_data=False)
         else:
             must(codec == 0, f"{name}: codec")
         must(len(plain) == n, f"{name}: length")
-        hashed = blake3(bytes([kind]) + plain).digest()[:31]
+        ids = {"key": self.keys["object ids"]} if self.encrypted else {}
+        hashed = blake3(bytes([kind]) + plain, **ids).digest()[:31]
         layers = plain[1] if kind == PATCH else 0
         must(oid == hashed + bytes([kind | layers << 4]), f"{name} is damaged")
         return plain
@@ -202,9 +270,9 @@ class Reader:
 
 
 def main() -> None:
-    folder, version, output = sys.argv[1:]
+    folder, version, output = sys.argv[1:4]
     image, _, ref = version.partition("@")
-    reader = Reader(folder)
+    reader = Reader(folder, *(Path(file).read_bytes() for file in sys.argv[4:5]))
     reader.extract(reader.resolve(image, ref or "main"), output)
 
 
