@@ -15,10 +15,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import paramiko
-
 from ..errors import StoreError, StoreUnavailable
 from . import ssh
+from .light import paramiko
 from .sftp_wire import Session
 
 # OpenSSH allows 10 sessions to a connection (MaxSessions); and one paramiko connection, which has

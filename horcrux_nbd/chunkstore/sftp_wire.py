@@ -14,9 +14,8 @@ import stat
 import struct
 from dataclasses import dataclass
 
-import paramiko
-
 from ..errors import StoreUnavailable
+from .light import paramiko
 
 INIT, VERSION = 1, 2
 OPEN, CLOSE, READ, WRITE, FSTAT = 3, 4, 5, 6, 8

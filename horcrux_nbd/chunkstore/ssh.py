@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import paramiko
-from paramiko.packet import Packetizer
-from paramiko.pkey import PublicBlob
-
 from ..errors import StoreError, StoreRefused, StoreUnavailable
 from . import known_hosts
+from .light import allow_exec, paramiko
 from .url import StoreURL
+
+Packetizer, PublicBlob = paramiko.packet.Packetizer, paramiko.pkey.PublicBlob
 
 KEEPALIVE = 30  # seconds; NAT tables forget idle connections after a few minutes
 WINDOW = 8 << 20  # bytes under way to us on one channel: 100 MB/s over 80 ms
@@ -120,6 +119,8 @@ def _expanded(path: Path, *, required: bool, depth: int = 0) -> Iterator[str]:
         return
     for line in text.splitlines():
         keyword, _, value = line.strip().replace("=", " ", 1).partition(" ")
+        if keyword.lower() == "match" and "exec" in value.lower():
+            allow_exec()
         if keyword.lower() != "include":
             yield line + "\n"
         elif depth < _INCLUDE_DEPTH:
