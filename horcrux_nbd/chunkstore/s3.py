@@ -30,10 +30,12 @@ from ..errors import (
 )
 from . import base
 from .base import ChunkStore, Stat
+from .s3_fast import Failed, FastGets
 from .url import StoreURL
 
-CONCURRENCY = 32  # one connection each; beyond it, botocore's own work fills a core
+CONCURRENCY = 64  # one connection each: 64 GETs in 20 ms are 3,200 a second
 TIMEOUT = 15.0  # seconds for a connection, and between two pieces of an answer
+MANY = "objects/"  # keys of which many are read, one after the other
 PAGE = 1000  # keys; S3 gives no more at once
 SEEN = 60.0  # seconds that a bucket which answered is taken to be there
 
@@ -107,6 +109,7 @@ class S3Store(ChunkStore):
             raise self._error(error, "") from error
         # `Expect: 100-continue` costs every put a round trip.
         self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        self._fast = FastGets(self._client, self._bucket, url.service, timeout)
 
     def _key(self, key: str) -> str:
         return self._prefix + base.check_key(key)
@@ -230,6 +233,14 @@ class S3Store(ChunkStore):
         if length == 0:
             self.stat(key)
             return b""
+        if key.startswith(MANY) and self._fast.wanted(name):
+            try:
+                return self._fast.get(name, offset, length)
+            except Failed as error:
+                if error.again:
+                    raise StoreUnavailable(
+                        f"{self.url}: the connection to {self._where} broke"
+                    ) from error
         arguments = {}
         if offset or length is not None:
             last = "" if length is None else offset + length - 1

@@ -27,8 +27,6 @@ from . import known_hosts
 from .light import allow_exec, paramiko
 from .url import StoreURL
 
-Packetizer, PublicBlob = paramiko.packet.Packetizer, paramiko.pkey.PublicBlob
-
 KEEPALIVE = 30  # seconds; NAT tables forget idle connections after a few minutes
 WINDOW = 8 << 20  # bytes under way to us on one channel: 100 MB/s over 80 ms
 # Bytes in one SSH packet to us. paramiko's cost is per packet; OpenSSH sends up to this and no
@@ -157,7 +155,7 @@ def _proxy(
     return ("/bin/sh", "-c", f"exec {text}") if text.lower() != "none" else ()
 
 
-class _BoundedPacketizer(Packetizer):
+class _BoundedPacketizer(paramiko.packet.Packetizer):
     """A packetizer whose writes end. paramiko's own tries for ever while the peer reads nothing."""
 
     limit = 15.0
@@ -441,5 +439,5 @@ def _public_keys(paths: tuple[Path, ...]) -> set[bytes]:
     for path in paths:
         public = path.with_name(path.name.removesuffix(".pub") + ".pub")
         with contextlib.suppress(OSError, ValueError, IndexError, paramiko.SSHException):
-            found.add(PublicBlob.from_file(str(public)).key_blob)
+            found.add(paramiko.pkey.PublicBlob.from_file(str(public)).key_blob)
     return found
