@@ -157,7 +157,7 @@ class PowerCuts(World):
         volume = Volume.open(host.folder_of(self.name))
         image = read(volume, 0, SIZE)
         volume.close()
-        self._wrong(seed, self.oracle.survived(image, power_cut=True))
+        self.wrong(seed, self.oracle.survived(image, power_cut=True))
         self.compare_versions(seed)
         return self.tally
 

@@ -68,17 +68,29 @@ class World:
 
     COMMITS = 0.35  # how likely a round has one
 
-    def __init__(self, store: Path, name: str = "t", options: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        store: Path,
+        name: str = "t",
+        options: dict[str, str] | None = None,
+        *,
+        create: bool = True,
+    ) -> None:
+        """Without `create` both are there."""
         self.name, self.tally = name, Tally()
         self._options = options
         content = original()
         self.oracle = Oracle(content)
-        self.url = make_image(store, {0: content[: 20 * CHUNK], 40 * CHUNK: content[40 * CHUNK :]})
-        host.create(name, self.url, Version(IMAGE))
+        self.url = f"cp://{store}"
+        if create:
+            pieces = {0: content[: 20 * CHUNK], 40 * CHUNK: content[40 * CHUNK :]}
+            make_image(store, pieces)
+            host.create(name, self.url, Version(IMAGE))
         self._killed = 0.0  # monotonic
-        self._committed: set[str] = set()  # acknowledged and not yet compared
-        self._pushed: set[str] = set()
-        self._versions: dict[str, dict[int, list[int]]] = {}  # message → what it may hold
+        # Commits by their messages: what each may hold; those that were acknowledged, and pushed.
+        self.made: dict[str, dict[int, list[int]]] = {}
+        self.committed: set[str] = set()
+        self.pushed: set[str] = set()
 
     # ---- serve, load, kill
 
@@ -120,9 +132,9 @@ class World:
         for load in loads:
             load.join(LIMIT)
             assert not load.is_alive(), f"{load.name} hangs, {LIMIT} s after the kill"
-            self._wrong(seed, load.wrong)
+            self.wrong(seed, load.wrong)
             if load.failed is not None and load.ended < self._killed:
-                self._wrong(seed, [f"{load.name}: {load.failed}, before the kill"])
+                self.wrong(seed, [f"{load.name}: {load.failed}, before the kill"])
         self.tally.requests += sum(load.requests for load in loads)
 
     def check(self, seed: str, *, power_cut: bool = False) -> None:
@@ -130,9 +142,9 @@ class World:
         handle = self.connect()
         image = bytes(handle.pread(SIZE, 0))
         handle.shutdown()
-        self._wrong(seed, self.oracle.survived(image, power_cut=power_cut))
+        self.wrong(seed, self.oracle.survived(image, power_cut=power_cut))
 
-    def _wrong(self, seed: str, lines: list[str]) -> None:
+    def wrong(self, seed: str, lines: list[str]) -> None:
         self.tally.violations += [f"seed {seed}: {line}" for line in lines]
 
     # ---- commits
@@ -157,11 +169,11 @@ class World:
                 committer.kill()
         if committer is not None:
             self.tally.commits += 1
-            self._versions[label] = self.oracle.allowed(since)
+            self.made[label] = self.oracle.allowed(since)
             if committer.committed:
-                self._committed.add(label)
+                self.committed.add(label)
             if committer.pushed:
-                self._pushed.add(label)
+                self.pushed.add(label)
                 self.tally.pushes += 1
 
     def compare_versions(self, seed: str) -> None:
@@ -177,22 +189,22 @@ class World:
         with open_store(self.url) as store:
             for oid, message in self._new_versions(store):
                 image = version_content(self.url, oid.hex())
-                wrong = self.oracle.one_moment(image, self._versions.pop(message), writers)
-                self._wrong(seed, [f"version {message}: {line}" for line in wrong])
-                self._committed.discard(message)
+                wrong = self.oracle.one_moment(image, self.made.pop(message), writers)
+                self.wrong(seed, [f"version {message}: {line}" for line in wrong])
+                self.committed.discard(message)
                 self.tally.versions += 1
             report = verify(store, data=True)
-        self._wrong(seed, [f"verify: {problem}" for problem in report.problems])
-        self._wrong(seed, [f"{label} was acknowledged and is gone" for label in self._committed])
-        self._versions.clear()
-        self._committed.clear()
-        self._pushed.clear()
+        self.wrong(seed, [f"verify: {problem}" for problem in report.problems])
+        self.wrong(seed, [f"{label} was acknowledged and is gone" for label in self.committed])
+        self.made.clear()
+        self.committed.clear()
+        self.pushed.clear()
 
     def _new_versions(self, store: ChunkStore) -> list[tuple[bytes, str]]:
         """(id, message) of the versions in the repository that were not compared yet."""
         repository = Repository.open(store)
         oid, found = repository.resolve(Version(IMAGE)).id, []
-        while (commit := repository.read_commit(oid)).message in self._versions:
+        while (commit := repository.read_commit(oid)).message in self.made:
             found.append((oid, commit.message))
             oid = commit.parents[0]
         return found
@@ -201,8 +213,8 @@ class World:
         """What a push has acknowledged is in the repository."""
         with open_store(self.url) as store:
             there = {message for _, message in self._new_versions(store)}
-        lost = sorted(self._pushed - there)
-        self._wrong(seed, [f"{label} was pushed and is gone" for label in lost])
+        lost = sorted(self.pushed - there)
+        self.wrong(seed, [f"{label} was pushed and is gone" for label in lost])
 
     # ---- one kill, each of another kind
 
