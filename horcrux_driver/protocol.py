@@ -216,7 +216,7 @@ async def _body(request: web.Request) -> Body:
         return {}
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for what is nested too deep
         raise UsageError("the request is no JSON") from None
     if value is None:
         return {}

@@ -123,7 +123,7 @@ def parse(text: str, file: Path) -> Config:
     """`text` of `file` as configuration. Raises UsageError."""
     try:
         value = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and there are more
         raise UsageError(f"{file} is no TOML: {error}") from None
     _check_keys(value, tuple(KNOWN), file, "")
     tables = {name: _table(value, name, file) for name in KNOWN}

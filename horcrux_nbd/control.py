@@ -65,7 +65,7 @@ class ControlServer:
                 known = ", ".join(self._commands)
                 raise UsageError(f"unknown command {request['command']!r}: there is {known}")
             return {"result": command(request)}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return {"error": f"no request: {error!r}", "exit_code": 2}
         except (HorcruxError, OSError) as error:
             return {"error": str(error), "exit_code": getattr(error, "exit_code", 1)}

@@ -120,7 +120,7 @@ def _negotiate(stream: socket.socket) -> Export:
         if kind == _REP_INFO and length >= 12 and payload[:2] == _INFO_EXPORT.to_bytes(2, "big"):
             export = Export(*struct.unpack(">QH", payload[2:12]))
         elif kind == _REP_INFO and payload[:2] == _INFO_BLOCK_SIZE.to_bytes(2, "big"):
-            minimum = struct.unpack(">I", payload[2:6])[0]
+            minimum = int.from_bytes(payload[2:6], "big")
     if export is None:
         raise HorcruxError("the NBD server did not say how large the export is")
     return Export(export.size, export.flags, minimum)

@@ -22,6 +22,8 @@ from .repository import Repository
 HEADER = struct.Struct("<BBHI")  # version, log2 of the chunk size, 0, number of runs
 RUN = struct.Struct("<Q")  # first chunk in the lower 48 bits, how many follow it in the upper 16
 VERSION = 1
+# 128 KiB of runs could name 2^30 chunks, which would take this host's memory and time.
+MOST_CHUNKS = 1 << 20
 MOST_RUNS = (MAX_PROFILE - HEADER.size) // RUN.size
 _CHUNK_BITS = 48
 _LONGEST = 1 << 16  # chunks in a run
@@ -40,7 +42,7 @@ class Profile:
 
     def encode(self) -> bytes:
         """The plaintext. What does not fit any more, far behind the start, is left out."""
-        pairs = list(runs(self.chunks))[:MOST_RUNS]
+        pairs = list(runs(self.chunks[:MOST_CHUNKS]))[:MOST_RUNS]
         head = HEADER.pack(VERSION, self.chunk_size.bit_length() - 1, 0, len(pairs))
         return head + b"".join(RUN.pack(first | count - 1 << _CHUNK_BITS) for first, count in pairs)
 
@@ -55,7 +57,10 @@ class Profile:
         if not known or zero or len(plain) != HEADER.size + count * RUN.size:
             raise Damaged("a profile is damaged, or newer than this program: record it again")
         chunks: dict[int, None] = {}
-        for (run,) in RUN.iter_unpack(plain[HEADER.size :]):
+        found = [run for (run,) in RUN.iter_unpack(plain[HEADER.size :])]
+        if sum((run >> _CHUNK_BITS) + 1 for run in found) > MOST_CHUNKS:
+            raise Damaged(f"a profile names more than {MOST_CHUNKS} chunks: record it again")
+        for run in found:
             first = run & (1 << _CHUNK_BITS) - 1
             chunks.update(dict.fromkeys(range(first, first + (run >> _CHUNK_BITS) + 1)))
         return cls(1 << bits, tuple(chunks))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from horcrux_nbd.errors import Damaged
 from horcrux_nbd.repository import profiles
 from horcrux_nbd.repository.objects import MAX_PROFILE, Kind, object_id
-from horcrux_nbd.repository.profiles import MOST_RUNS, Profile
+from horcrux_nbd.repository.profiles import HEADER, MOST_CHUNKS, MOST_RUNS, RUN, Profile
 from horcrux_nbd.repository.removal import Collector
 from horcrux_nbd.repository.repository import Repository
 from horcrux_nbd.repository.retention import Rules
@@ -131,3 +131,13 @@ def test_of_key() -> None:
     assert profiles.of_key(key) == ("A", oid)
     for other in ("refs/A/tags/x", "horcrux.json", "refs/A/profiles/x"):
         assert profiles.of_key(other) is None
+
+
+def test_a_profile_takes_no_more_memory_than_it_may() -> None:
+    """128 KiB of runs would name 2^30 chunks."""
+    run = RUN.pack(0xFFFF << 48)
+    bomb = HEADER.pack(1, 16, 0, MOST_RUNS) + run * MOST_RUNS
+    with pytest.raises(Damaged, match="more than"):
+        Profile.decode(bomb)
+    many = Profile(64 << 10, tuple(range(MOST_CHUNKS + 5)))
+    assert Profile.decode(many.encode()).chunks == tuple(range(MOST_CHUNKS))
