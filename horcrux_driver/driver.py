@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from horcrux_nbd import config, files, host, paths, supervise
+from horcrux_nbd import blank, config, files, host, identity, paths, supervise
 from horcrux_nbd.contents import holds_changes
 from horcrux_nbd.errors import Busy, HorcruxError, NotFound, UsageError
 from horcrux_nbd.names import Version
@@ -86,7 +86,15 @@ class Driver:
                 "-o size=10G for a new, empty volume"
             )
         if wanted.size is not None:
-            raise UsageError("-o size: not yet")
+            blank.create(
+                volume,
+                wanted.size,
+                wanted.fs,
+                image=wanted.image,
+                url=wanted.access or None,
+                author=identity.author(),
+            )
+            return
         host.create(
             volume,
             wanted.access,

@@ -15,13 +15,12 @@ from horcrux_nbd.config import KNOWN as CONFIGURED
 from horcrux_nbd.config import MIN_CACHE, Config
 from horcrux_nbd.errors import UsageError
 from horcrux_nbd.names import DEFAULT_BRANCH, MAX_NAME, check_name, check_ref
-from horcrux_nbd.units import MiB, parse_size
+from horcrux_nbd.units import parse_size
 
 KNOWN = CONFIGURED["docker"]
 ON_REMOVE = ("refuse", "keep", "delete")
 FILESYSTEMS = ("ext4", "xfs")
 PREFETCH = ("profile", "all", "none")
-MIN_SIZE = 16 * MiB  # bytes of a new volume: less has no room for a journal
 MAX_DOCKER_NAME = 200  # it names a file of ours, where `/` takes three bytes
 _FLAGS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _MAKES = ("access", "name", "ref", "size")  # what says which volume, the others say how
@@ -157,12 +156,10 @@ def _new(
     config: Config,
 ) -> Options:
     size = parse_size(made["size"], "-o size")
-    if size < MIN_SIZE:
-        raise UsageError(f"-o size={made['size']} is too small: give at least 16M")
     if common["read_only"]:
         raise UsageError("-o readonly and -o size contradict each other: a new volume is empty")
     return Options(
-        access=config.url(made["access"]) if "access" in made else "",
+        access=_place(made.get("access", config.docker.get("access")), config),
         image=check_name("image", made.get("name", name)),
         size=size,
         fs=_one_of("fs", how.get("fs", "ext4"), FILESYSTEMS),
@@ -205,6 +202,11 @@ def _access(text: str | None, config: Config) -> str:
         f"-o access is missing: say which repository, or give {config.file} a default "
         f'([docker] access = "REMOTE"; remotes: {known})'
     )
+
+
+def _place(text: str | None, config: Config) -> str:
+    """Where a new volume is to be pushed; empty for this host's own repository."""
+    return "" if text is None else config.url(text)
 
 
 def _flag(text: str) -> bool:

@@ -237,14 +237,18 @@ def remove(
 
 
 def unpushed(name: str) -> set[bytes]:
-    """The ids of a volume's commits that exist on this host only. Raises Damaged."""
+    """The ids of a volume's commits that exist on this host only. Raises Damaged.
+
+    The empty file system that a new image begins with does not count: nobody made it.
+    """
     state = load(name)
     form = state.form
     with open_objects(folder_of(name)) as objects:
         return {
             oid
             for line in state.lines
-            for oid, _ in own_commits(objects, form, bytes.fromhex(line.tip), line.upstream)
+            for oid, commit in own_commits(objects, form, bytes.fromhex(line.tip), line.upstream)
+            if commit.parents or not state.unborn
         }
 
 

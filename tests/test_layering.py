@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["supervise"] = {"host", "server", "attach"}
 MAY_IMPORT["versions"] = MAY_IMPORT["host"] | {"host", "generate", "filesystem"}
+MAY_IMPORT["blank"] = MAY_IMPORT["host"] | {"host", "generate", "source"}
 MAY_IMPORT["contents"] = MAY_IMPORT["versions"] | {"versions"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"plugin", "serving", "control"}
 

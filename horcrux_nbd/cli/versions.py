@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import identity
+from .. import config, identity
 from ..errors import HorcruxError, UsageError
 from ..units import format_size
 from . import output
-from .words import VOLUME
+from .words import REPO, VOLUME
 
 if TYPE_CHECKING:
     from ..versions import Committed, Fetched, Moved, Pushed
@@ -136,6 +136,7 @@ def _commit_json(one: Committed) -> dict[str, Any]:
 @click.argument("volumes", type=VOLUME, nargs=-1, required=True, metavar="VOLUME...")
 @click.option("-b", "--branch", metavar="NAME", help="Push to a new branch, and follow that.")
 @click.option("--tag", metavar="NAME", help="Also name the version with this tag.")
+@click.option("--to", type=REPO, help="For a new image: the repository that it goes to.")
 @click.option("--force", is_flag=True, help="Also move the branch back, after a reset.")
 @output.quiet_option
 @output.json_option
@@ -143,6 +144,7 @@ def push(
     volumes: tuple[str, ...],
     branch: str | None,
     tag: str | None,
+    to: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -156,16 +158,18 @@ def push(
     horcrux-cli push amcc
     horcrux-cli push amcc --branch prices
     horcrux-cli push db files --tag release-7
+    horcrux-cli push scratch --to scp://me@nas:/srv/images
     """
     from .. import versions
     from ..progress import make_progress
 
     author = identity.author()
+    url = None if to is None else config.load().url(to)
     done = {}
     for name in volumes:
         with make_progress(quiet or as_json) as progress:
             pushed = versions.push(
-                name, branch=branch, force=force, author=author, progress=progress
+                name, branch=branch, force=force, to=url, author=author, progress=progress
             )
             if tag is not None:
                 versions.tag_volume(name, tag, author=author)

@@ -16,11 +16,12 @@ from ..names import Version, check_name, parse_version
 from ..units import format_size
 from . import output, prefetching
 from .versions_status import versions_json, versions_line
-from .words import REPO, VOLUME, existing_folder, volume_state
+from .words import REPO, SIZE, VOLUME, existing_folder, volume_state
 
 if TYPE_CHECKING:
     from ..host import VolumeStatus
 
+COMPARE_LIMIT = 10.0  # seconds to wait for the repository, to see whether files differ from it
 VIA_HELP = "nbd (kernel NBD), ublk, or fuse (nbdfuse + loop). Default: the best there is."
 via_option = click.option("--via", metavar="WAY", help=VIA_HELP)
 read_only_option = click.option("-r", "--read-only", is_flag=True, help="Take no writes.")
@@ -35,16 +36,20 @@ def _via(asked: str | None) -> str | None:
 
 @click.command()
 @click.argument("volume", type=VOLUME)
-@click.argument("repo", type=REPO)
-@click.argument("version")
+@click.argument("repo", type=REPO, required=False)
+@click.argument("version", required=False)
 @read_only_option
+@click.option("--size", type=SIZE, help="A new, empty volume of this size, of no VERSION yet.")
+@click.option("--filesystem", metavar="TYPE", help="Of a new volume: ext4 (default) or xfs.")
 @prefetching.fill_options
 @output.json_option
 def create(
     volume: str,
-    repo: str,
-    version: str,
+    repo: str | None,
+    version: str | None,
     read_only: bool,
+    size: int | None,
+    filesystem: str | None,
     prefetch: str | None,
     fill_rate: int | None,
     record: str | None,
@@ -55,20 +60,36 @@ def create(
     Fetches nothing yet. It stays on the version that VERSION means now, also when its branch moves
     on. What is fetched in the background while it is served (--prefetch) is kept with it.
 
+    With --size it is new and empty. `push` makes it an image called VERSION (or VOLUME) in REPO (or
+    this host's own repository); nothing is asked of REPO before.
+
     \b
     horcrux-cli create amcc cp:///opt/horcrux-amcc AMCC
     horcrux-cli create amcc-old team AMCC@main~2
+    horcrux-cli create scratch --size 10G
     """
-    from .. import host
+    from .. import blank, host, identity
 
     check_name("volume", volume)
-    state = host.create(
-        volume,
-        config.load().url(repo),
-        parse_version(version),
-        read_only=read_only,
-        fill=prefetching.kept(prefetch, fill_rate, record),
-    )
+    url = None if repo is None else config.load().url(repo)
+    if size is not None:
+        if read_only:
+            raise UsageError("--read-only and --size contradict each other: it would stay empty")
+        state = blank.create(
+            volume, size, filesystem or "ext4", image=version, url=url, author=identity.author()
+        )
+    elif filesystem is not None:
+        raise UsageError("--filesystem is for a new volume: say its size with --size")
+    elif url is None or version is None:
+        raise UsageError("create takes VOLUME REPO VERSION, or VOLUME --size SIZE")
+    else:
+        state = host.create(
+            volume,
+            url,
+            parse_version(version),
+            read_only=read_only,
+            fill=prefetching.kept(prefetch, fill_rate, record),
+        )
     if as_json:
         output.emit_json(_described(host.status(volume)))
     else:
@@ -91,8 +112,10 @@ def rm(volume: str, force: bool) -> None:
     horcrux-cli rm amcc
     """
     from .. import host
+    from ..contents import holds_changes
 
-    host.remove(volume, force=force)
+    # A mount writes, too: what counts is whether a file is another one.
+    host.remove(volume, force=force, changed=lambda name: holds_changes(name, COMPARE_LIMIT))
     click.echo(f"{volume} is removed")
 
 

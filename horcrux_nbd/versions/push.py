@@ -57,6 +57,7 @@ def push(
     *,
     branch: str | None = None,
     force: bool = False,
+    to: str | None = None,
     author: str,
     limit: float = STORE_LIMIT,
     progress: Progress | None = None,
@@ -65,6 +66,7 @@ def push(
 
     A `branch` of another name must be a new one; the volume follows it from then on. `force` moves
     the branch back as well, after a `reset`; it still has to be where this volume saw it last.
+    `to` is the URL of the repository for an image that is in none yet; it is made if need be.
     Raises BranchMoved, which says who moved it and when, and nothing has changed then; UsageError,
     StoreError after `limit` seconds without a store.
     """
@@ -75,13 +77,27 @@ def push(
         if session.state.pending is not None:
             with settled(session, progress):
                 pass
+        if to is not None:
+            _goes_to(session, to)
         return _push(session, branch, force, author, progress)
+
+
+def _goes_to(session: Session, url: str) -> None:
+    state = session.state
+    if state.repository == url:
+        return
+    if not state.unborn:
+        raise UsageError(
+            f"volume {session.name} is of {state.repository}: --to is for an image that was never "
+            "pushed; `horcrux-cli clone` copies to another repository"
+        )
+    session.save(repository=url)
 
 
 def _push(
     session: Session, branch: str | None, force: bool, author: str, progress: Progress
 ) -> Pushed:
-    repository = session.repository
+    repository = session.make_repository()
     state, tip = session.state, session.base
     commits = session.own_commits()
     target = _target(session.name, state, branch)
@@ -95,9 +111,10 @@ def _push(
     check_exclusive_create(repository.store)
     needed = reach(session.local, commits)
     ids = needed.all()
-    below = commits[-1][1].parents[0] if commits else tip
+    below = commits[-1][1].parents[:1] if commits else (tip,)
     with ObjectWriter(repository, expected=len(ids)) as writer:
-        _rely_on(repository, writer, session, below)
+        if below:  # a new image has nothing below it
+            _rely_on(repository, writer, session, below[0])
         _send(session.local, needed, writer, progress)
         writer.confirm()
         why = commits[0][1].message if commits else f"branch {target}"
@@ -145,6 +162,13 @@ def _expected(
     head = record.commit if record else None
     if head in {oid for oid, _ in commits} | {session.base}:
         return head  # an earlier push of ours, of which we did not hear
+    if state.unborn:
+        if session.repository.refs.branches(state.image):
+            raise UsageError(
+                f"{state.repository} has an image {state.image} already, which volume "
+                f"{session.name} knows nothing of: push to another repository with --to REPO"
+            )
+        return None
     if target != state.ref:
         if head is not None:
             raise UsageError(
@@ -241,7 +265,15 @@ def _moved(session: Session, target: str, tip: bytes, needed: Reached) -> None:
         gone = {oid.hex() for oid, _ in commits}
         heads = {n: line for n, line in before.heads.items() if n != target}
         kept = tuple(line for line in before.kept if line.tip not in gone)
-        session.save(ref=target, upstream=tip.hex(), heads=heads, kept=kept, seen=None)
+        session.save(
+            ref=target,
+            upstream=tip.hex(),
+            heads=heads,
+            kept=kept,
+            seen=None,
+            unborn=False,
+            repository_id=session.repository.id,
+        )
         reflog.append(session.folder, "push", before.base, before.base, f"to {target}")
     # All but the commit that the volume lies on: it is opened with the store away.
     session.local.release(needed.all() - {tip})

@@ -107,6 +107,11 @@ class Session:
         """
         if self._online is None:
             state = self.state
+            if state.unborn:
+                raise UsageError(
+                    f"image {state.image} is in no repository yet: `horcrux-cli push {self.name}` "
+                    "first"
+                )
             store = open_store(state.repository, limit=self.limit)
             self._stack.callback(store.close)
             self._online = Repository.open(store)
@@ -118,6 +123,15 @@ class Session:
                     "made from: put the right one there"
                 )
         return self._online
+
+    def make_repository(self) -> Repository:
+        """`repository`; for an image that is in none yet it is made if it is not there."""
+        state = self.state
+        if self._online is None and state.unborn:
+            store = open_store(state.repository, limit=self.limit, create=True)
+            self._stack.callback(store.close)
+            self._online = Repository.create(store, state.chunk_size)
+        return self.repository
 
     def commit(self, oid: bytes) -> Commit:
         """A commit: the volume's own, from the cache, or from the store, and then kept."""

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,8 @@ class VolumeState:
     stash: tuple[Stash, ...] = ()  # newest first
     encrypted: bool = False  # the repository is, and so are the volume's own objects
     fill: FillOptions = field(default_factory=FillOptions)
+    # The image is in no repository yet: the first push makes it there. `repository_id` is empty.
+    unborn: bool = False
     version: int = 1
 
     @property
@@ -259,19 +261,8 @@ def create_volume(
     """Make `folder` a volume of a version. Fetches nothing; keeps the commit, for when the store
     is away. Call it under the volume's lock. Raises UsageError where something else is in there.
     """
-    if (folder / STATE).exists():
-        raise UsageError(f"{folder} is a volume already")
-    if folder.exists():
-        # An interrupted `create_volume` leaves these; anything else is somebody's.
-        strange = set(os.listdir(folder)) - {LOCK, OBJECTS, OVERLAY}
-        strange = {name for name in strange if not name.startswith(files.TEMPORARY_PREFIX)}
-        if strange:
-            raise UsageError(
-                f"{folder} is not empty and no volume ({sorted(strange)[0]!r} is in it): name a "
-                "folder that is new, empty, or a volume"
-            )
+    check_folder(folder)
     commit = resolved.commit
-    layer = LayerName(1, secrets.token_hex(16))
     state = VolumeState(
         repository=repository.url,
         repository_id=repository.id,
@@ -280,7 +271,7 @@ def create_volume(
         base=resolved.id.hex(),
         size=commit.size,
         chunk_size=commit.chunk_size,
-        layers=(layer,),
+        layers=(),
         read_only=read_only,
         mirrors=tuple(mirrors),
         upstream=resolved.id.hex(),
@@ -295,7 +286,29 @@ def create_volume(
             object_key(resolved.id), repository.form.encode(Kind.COMMIT, plain, resolved.id)
         )
         objects.sync()
+    return lay_volume(folder, commit, state)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UsageError where `folder` cannot become a volume."""
+    if (folder / STATE).exists():
+        raise UsageError(f"{folder} is a volume already")
+    if folder.exists():
+        # An interrupted `create_volume` leaves these; anything else is somebody's.
+        strange = set(os.listdir(folder)) - {LOCK, OBJECTS, OVERLAY}
+        strange = {name for name in strange if not name.startswith(files.TEMPORARY_PREFIX)}
+        if strange:
+            raise UsageError(
+                f"{folder} is not empty and no volume ({sorted(strange)[0]!r} is in it): name a "
+                "folder that is new, empty, or a volume"
+            )
+
+
+def lay_volume(folder: Path, commit: Commit, state: VolumeState) -> VolumeState:
+    """The last step of making a volume, whose commit is among its objects: a layer to write to."""
+    layer = LayerName(1, secrets.token_hex(16))
     Layer.create(layer_folder(folder, layer), bytes.fromhex(layer.id), commit.size).close()
+    state = replace(state, layers=(layer,))
     state.save(folder)
     return state
 
