@@ -15,7 +15,7 @@ from tests.attach.conftest import needs_fuse
 from tests.cli.support import run
 from tests.servers.dockerd import MISSING, Dockerd, available, dockerd
 
-from .support import DriverProcess
+from .support import DriverProcess, Recorder
 from .support import driver as running_driver
 
 pytestmark = needs_fuse
@@ -78,11 +78,30 @@ def dv(docker: Dockerd, tmp_path: Path) -> Iterator[DriverProcess]:
     """A driver that Docker knows; in the end its volumes are gone, and all that they took."""
     with running_driver(tmp_path, docker.host) as process:
         yield process
-        for container in docker("ps", "-aq").split():
-            docker("rm", "-f", container)
-        for volume in docker("volume", "ls", "-qf", f"driver={process.name}").split():
-            docker.run("volume", "rm", volume)
+        remove_all(docker, process.name)
     clean_host()
+
+
+@pytest.fixture
+def seen(docker: Dockerd, tmp_path: Path) -> Iterator[Recorder]:
+    """As `dv`, with a recorder between Docker and the driver: Docker knows only that."""
+    private = paths.run().parent / "dv.sock"
+    with running_driver(tmp_path, docker.host, private) as process:
+        recorder = Recorder(process.socket)
+        try:
+            yield recorder
+            recorder.on = lambda *_: None
+            remove_all(docker, recorder.name)
+        finally:
+            recorder.close()
+    clean_host()
+
+
+def remove_all(docker: Dockerd, driver_name: str) -> None:
+    if found := docker("ps", "-aq").split():
+        docker("rm", "-f", *found)
+    for volume in docker("volume", "ls", "-qf", f"driver={driver_name}").split():
+        docker.run("volume", "rm", volume)
 
 
 @pytest.fixture

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import http.server
 import json
 import os
 import secrets
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +24,9 @@ from tests.servers.process import end_with_parent
 PROGRAM = Path(sys.executable).with_name("horcrux-dv")
 PLUGINS = Path("/run/docker/plugins")
 LIMIT = 60.0  # seconds for anything that a test waits for
+# One for the whole run: a dockerd never forgets a driver, and its `volume ls` waits 15 s for each
+# that is gone.
+NAME = f"horcrux-{secrets.token_hex(4)}"
 
 
 def wait_for(done: Callable[[], object], what: str, limit: float = LIMIT) -> None:
@@ -45,10 +51,13 @@ class DriverProcess:
     """A horcrux-dv of this test's host. `name` is what Docker calls it."""
 
     def __init__(
-        self, folder: Path, docker_host: str = "unix:///nonexistent", name: str = ""
+        self,
+        folder: Path,
+        docker_host: str = "unix:///nonexistent",
+        socket: Path | None = None,
     ) -> None:
-        self.name = name or f"horcrux-{secrets.token_hex(4)}"
-        self.socket = PLUGINS / f"{self.name}.sock"
+        self.socket = socket or PLUGINS / f"{NAME}.sock"
+        self.name = self.socket.stem
         self.log = folder / f"{self.name}.log"
         self.words = ["--log-level", "debug", "--docker-host", docker_host]
         self.env: dict[str, str] = {}
@@ -136,12 +145,84 @@ class DriverProcess:
 
 
 @contextlib.contextmanager
-def driver(folder: Path, docker_host: str = "unix:///nonexistent") -> Iterator[DriverProcess]:
+def driver(
+    folder: Path, docker_host: str = "unix:///nonexistent", socket: Path | None = None
+) -> Iterator[DriverProcess]:
     """A running driver; its socket is gone at the end, its volumes are the caller's."""
-    process = DriverProcess(folder, docker_host)
+    process = DriverProcess(folder, docker_host, socket)
     try:
         process.start()
         yield process
     finally:
         process.stop()
         process.socket.unlink(missing_ok=True)
+
+
+class Recorder:
+    """Stands between Docker and a driver, under the driver's name, and notes what was asked.
+
+    `calls` are (command, body); `on` may be asked to answer in the driver's place.
+    """
+
+    def __init__(self, behind: Path) -> None:
+        self.name = NAME
+        self.socket = PLUGINS / f"{self.name}.sock"
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.on: Callable[[str, dict[str, Any]], dict[str, Any] | None] = lambda *_: None
+        self._behind = behind
+        self._server = _UnixServer(str(self.socket), self)
+        os.chmod(self.socket, 0o600)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def count(self, command: str) -> int:
+        return sum(one == command for one, _ in self.calls)
+
+    def counts(self, *commands: str) -> tuple[int, ...]:
+        return tuple(map(self.count, commands))
+
+    def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
+        command = path.rsplit(".", 1)[-1]
+        asked = json.loads(body or b"{}") or {}
+        self.calls.append((command, asked))
+        said = self.on(command, asked)
+        if said is not None:
+            return 200, json.dumps(said).encode()
+        connection = UnixConnection(self._behind)
+        try:
+            connection.request("POST", path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self.socket.unlink(missing_ok=True)
+
+
+class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, path: str, recorder: Recorder) -> None:
+        self.recorder = recorder
+        super().__init__(path, _Handler)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _UnixServer
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status, data = self.server.recorder.answer(self.path, body)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/vnd.docker.plugins.v1.2+json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
