@@ -17,6 +17,7 @@ from horcrux_nbd.repository.repository import Repository
 from horcrux_nbd.units import GiB, MiB
 from tests.attach.conftest import needs_fuse
 from tests.cli.support import fails, run
+from tests.encrypted import encrypt_all
 
 AUTHOR = "Test <test@example.org>"
 
@@ -126,6 +127,24 @@ def test_an_image_of_that_name_is_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has an image DATA already"):
         versions.push("three", author=AUTHOR)
     assert host.load("three").unborn
+
+
+def test_an_encrypted_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named when the volume is made, its objects are made with its key; else they do not go."""
+    encrypt_all(monkeypatch)
+    url = f"cp://{tmp_path}/secret"
+    with open_store(url, create=True) as store:
+        repository = Repository.create(store)
+    blank.create("scratch", 32 * MiB, url=url, author=AUTHOR)
+    state = host.load("scratch")
+    assert (state.encrypted, state.repository_id) == (True, repository.id)
+    versions.push("scratch", author=AUTHOR)
+    assert not host.load("scratch").unborn
+    host.create("other", url, Version("scratch"))
+    blank.create("plain", 32 * MiB, author=AUTHOR)
+    with pytest.raises(UsageError, match="encrypted"):
+        versions.push("plain", to=url, author=AUTHOR)
+    assert host.load("plain").unborn
 
 
 def test_before_the_first_push(tmp_path: Path) -> None:

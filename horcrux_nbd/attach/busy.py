@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,18 +79,21 @@ def users_of_device(device: str, timeout: float = OPEN_TIMEOUT) -> list[User]:
 
 
 def processes_with(device: str) -> list[User]:
-    """Processes that hold `device` open, or whose own mount namespace has it mounted.
+    """Processes that hold `device` open, or have it mounted in a mount namespace of their own.
 
-    What our namespace has mounted is not in it, nor is who uses files there.
+    Not who has it where we have it: a namespace that was copied from ours (systemd makes such
+    ones) follows when we unmount.
     """
     try:
         number = device_number(device)
     except FileNotFoundError:
         return []
-    return [user for user in _mounting(number) + _opening(device) if user.pid]
+    ours = {mount.target for mount in mounts() if mount.device == number}
+    users = _mounting(number, but=ours) + _opening(device)
+    return [user for user in users if user.pid]
 
 
-def _mounting(number: str) -> list[User]:
+def _mounting(number: str, but: Collection[str] = ()) -> list[User]:
     users: list[User] = []
     seen: set[str] = set()
     for pid in _pids():
@@ -98,7 +101,7 @@ def _mounting(number: str) -> list[User]:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace not in seen:
                 seen.add(namespace)
-                users += _mounts_in(pid, namespace, number)
+                users += _mounts_in(pid, namespace, number, but)
     return users
 
 
@@ -110,9 +113,11 @@ def _opening(device: str) -> list[User]:
     ]
 
 
-def _mounts_in(pid: int, namespace: str, number: str) -> list[User]:
+def _mounts_in(pid: int, namespace: str, number: str, but: Collection[str]) -> list[User]:
     ours = namespace == os.readlink("/proc/self/ns/mnt")
-    found: list[Mount] = [mount for mount in mounts(pid) if mount.device == number]
+    found: list[Mount] = [
+        mount for mount in mounts(pid) if mount.device == number and mount.target not in but
+    ]
     if ours:
         return [User(0, "kernel", f"mounted on {mount.target}") for mount in found]
     return [

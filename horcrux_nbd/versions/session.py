@@ -130,7 +130,16 @@ class Session:
         if self._online is None and state.unborn:
             store = open_store(state.repository, limit=self.limit, create=True)
             self._stack.callback(store.close)
-            self._online = Repository.create(store, state.chunk_size)
+            made = Repository.create(store, state.chunk_size)
+            if made.form.encrypted != state.encrypted or (
+                made.form.encrypted and made.id != state.repository_id
+            ):
+                raise UsageError(
+                    f"{made.url} is encrypted with another key than the image {state.image} was "
+                    "made with, if with any: push it elsewhere with --to, or make the volume anew "
+                    "with that repository named"
+                )
+            self._online = made
         return self.repository
 
     def commit(self, oid: bytes) -> Commit:

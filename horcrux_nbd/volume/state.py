@@ -113,7 +113,7 @@ class VolumeState:
     stash: tuple[Stash, ...] = ()  # newest first
     encrypted: bool = False  # the repository is, and so are the volume's own objects
     fill: FillOptions = field(default_factory=FillOptions)
-    # The image is in no repository yet: the first push makes it there. `repository_id` is empty.
+    # The image is in no repository yet: the first push makes it there.
     unborn: bool = False
     version: int = 1
 

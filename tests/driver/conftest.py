@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,10 +17,32 @@ from tests.attach.conftest import needs_fuse
 from tests.cli.support import run
 from tests.servers.dockerd import MISSING, Dockerd, available, dockerd
 
-from .support import DriverProcess, Recorder
+from .support import FOLDER, PLUGINS, DriverProcess, Recorder
 from .support import driver as running_driver
 
 pytestmark = needs_fuse
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folder() -> Iterator[None]:
+    """FOLDER, a shared mount: what is mounted in it appears in dockerd's mount namespace."""
+    PLUGINS.mkdir(parents=True)
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "--bind", FOLDER, FOLDER], check=True)
+        subprocess.run(["mount", "--make-shared", FOLDER], check=True)
+    yield
+    if os.geteuid() == 0:
+        subprocess.run(["umount", FOLDER], check=True)  # it fails if something is left in it
+    shutil.rmtree(FOLDER)
+
+
+@pytest.fixture(autouse=True)
+def short_host(folder: None, horcrux_host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = FOLDER / str(next(_numbers))
+    monkeypatch.setenv("HORCRUX_ROOT", str(host / "root"))
+    monkeypatch.setenv("HORCRUX_RUN", str(host / "run"))
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +85,7 @@ def the_dockerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dockerd]:
     # Short: containerd's sockets lie deep below it, and have 107 bytes.
     folder = tmp_path_factory.getbasetemp() / "d"
     folder.mkdir()
-    with dockerd(folder) as daemon:
+    with dockerd(folder, PLUGINS) as daemon:
         yield daemon
 
 
@@ -86,6 +110,7 @@ def dv(docker: Dockerd, tmp_path: Path) -> Iterator[DriverProcess]:
 def seen(docker: Dockerd, tmp_path: Path) -> Iterator[Recorder]:
     """As `dv`, with a recorder between Docker and the driver: Docker knows only that."""
     private = paths.run().parent / "dv.sock"
+    private.parent.mkdir()
     with running_driver(tmp_path, docker.host, private) as process:
         recorder = Recorder(process.socket)
         try:

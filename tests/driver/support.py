@@ -13,6 +13,7 @@ import socket
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,10 @@ from typing import Any
 from tests.servers.process import end_with_parent
 
 PROGRAM = Path(sys.executable).with_name("horcrux-dv")
-PLUGINS = Path("/run/docker/plugins")
+# Where the tests' hosts are: short, since a socket's path has 107 bytes and an anonymous volume's
+# name 64; and a mount that dockerd's own mount namespace follows (conftest.py).
+FOLDER = Path(tempfile.gettempdir()) / f"dv{secrets.token_hex(3)}"
+PLUGINS = FOLDER / "plugins"  # dockerd sees it as /run/docker/plugins
 LIMIT = 60.0  # seconds for anything that a test waits for
 # One for the whole run: a dockerd never forgets a driver, and its `volume ls` waits 15 s for each
 # that is gone.

@@ -6,18 +6,18 @@ that counts the calls of its toy driver, a recorder between Docker and ours coun
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import threading
 import time
 from pathlib import Path
 
-import pytest
-
 from horcrux_nbd import host
 from tests.attach.conftest import needs_fuse
 from tests.servers.dockerd import IMAGE, Dockerd
 
-from .support import DriverProcess, Recorder, driver, wait_for
+from .support import PLUGINS, DriverProcess, Recorder, driver, wait_for
 
 pytestmark = needs_fuse
 
@@ -59,8 +59,6 @@ def test_named(docker: Dockerd, seen: Recorder) -> None:
 
 
 def _get(seen: Recorder, name: str) -> dict[str, str]:
-    import json
-
     _, data = seen.answer("/VolumeDriver.Get", json.dumps({"Name": name}).encode())
     return dict(json.loads(data)["Volume"])
 
@@ -94,7 +92,7 @@ def test_a_dead_driver_blocks_nobody(docker: Dockerd, dv: DriverProcess) -> None
     spec.write_text("tcp://127.0.0.7:9")
     waiting = docker.start_command("volume", "create", "-d", spec.stem)
     try:
-        wait_for(lambda: spec.stem in docker.log.read_text(), "the first attempt")
+        wait_for(lambda: "127.0.0.7:9" in docker.log.read_text(), "the first attempt")
         began = time.monotonic()
         docker("volume", "create", "-d", dv.name, "alive")
         assert time.monotonic() - began < 5
@@ -103,6 +101,7 @@ def test_a_dead_driver_blocks_nobody(docker: Dockerd, dv: DriverProcess) -> None
         spec.unlink()
         waiting.kill()
         waiting.communicate()
+        docker.restart()  # it would wait for that driver at each `volume ls`
 
 
 def test_a_driver_that_appears_two_seconds_late(docker: Dockerd, tmp_path: Path) -> None:
@@ -208,7 +207,8 @@ def test_removed_behind_dockers_back(docker: Dockerd, dv: DriverProcess) -> None
     docker("volume", "create", "-d", "local", "test")
     try:
         found = docker.inspect("test")
-        assert (found["Driver"], found["Options"]) == ("local", None)
+        assert found["Driver"] == "local"
+        assert not found["Options"]
     finally:
         docker("volume", "rm", "test")
 
@@ -223,8 +223,6 @@ def test_no_unmount_after_a_mount_that_failed(docker: Dockerd, seen: Recorder) -
     assert seen.counts("Mount", "Unmount") == (2, 0)
     assert host.mounts("test") == []
     docker("rm", *docker("ps", "-aq").split())
-    import shutil
-
     shutil.rmtree(host.folder_of("test"))
 
 
@@ -246,16 +244,14 @@ def test_cp_of_a_running_container(docker: Dockerd, seen: Recorder, tmp_path: Pa
 
 def test_the_real_name(docker: Dockerd, tmp_path: Path) -> None:
     """As everybody calls it: `-d horcrux`, by the command of the original's README."""
-    from .support import PLUGINS
-
     path = PLUGINS / "horcrux.sock"
-    if path.exists():
-        pytest.skip(f"another driver has {path}")
+    docker.restart()  # it forgets the other name
     with driver(tmp_path, docker.host, path):
         words = ["-o", "--name=AMCC", "-o", "--access=team"]
         docker("volume", "create", "-d", "horcrux", "--name", "real", *words)
         assert docker("run", "--rm", "-v", f"real:{DATA}", IMAGE, "cat", f"{DATA}/hello") == "hello"
         docker("volume", "rm", "real")
+    docker.restart()
     assert host.names() == []
 
 

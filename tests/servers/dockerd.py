@@ -37,6 +37,11 @@ def docker_program() -> str:
     return "/usr/bin/docker" if os.path.exists("/usr/bin/docker") else "docker"
 
 
+_ENTER = """
+mkdir -p /run/docker/plugins && mount --bind "$0" /run/docker/plugins && exec "$@"
+"""
+
+
 class DockerFailed(AssertionError):
     """A docker command ended with an error; `said` is its standard error."""
 
@@ -48,8 +53,8 @@ class DockerFailed(AssertionError):
 class Dockerd:
     """Call it with the words of a docker command; what that printed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, plugins: Path) -> None:
+        self.folder, self.plugins = folder, plugins
         self.socket = folder / "docker.sock"
         self.host = f"unix://{self.socket}"
         self.log = folder / "dockerd.log"
@@ -68,7 +73,11 @@ class Dockerd:
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 [
-                    "dockerd",
+                    # Other drivers on this machine, and sockets of dead ones, for each of which
+                    # `volume ls` waits 15 s, are none of ours: so it has a mount namespace of its
+                    # own, which follows mounts of this one.
+                    *("unshare", "--mount", "--propagation", "slave", "sh", "-c", _ENTER),
+                    *(str(self.plugins), "dockerd"),
                     *("--data-root", str(self.folder / "data")),
                     *("--exec-root", str(self.folder / "exec")),
                     *("--pidfile", str(self.folder / "dockerd.pid")),
@@ -201,9 +210,11 @@ class Dockerd:
 
 
 @contextlib.contextmanager
-def dockerd(folder: Path) -> Iterator[Dockerd]:
-    """A running one; with all its containers it is gone at the end."""
-    daemon = Dockerd(folder)
+def dockerd(folder: Path, plugins: Path) -> Iterator[Dockerd]:
+    """A running one, which finds its plugins in `plugins`; with all its containers it is gone at
+    the end.
+    """
+    daemon = Dockerd(folder, plugins)
     try:
         daemon.start()
         daemon.import_image()
