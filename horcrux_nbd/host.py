@@ -23,8 +23,9 @@ from .attach.base import FOLDER, REQUEST_TIMEOUT, Attachment
 from .attach.mount import mount as mount_device
 from .attach.mount import unmount_device
 from .attach.mountinfo import Mount, mounts_of
-from .chunkstore import open_mirrored, open_store
-from .errors import Busy, Damaged, HorcruxError, NotFound, StoreError, UsageError
+from .chunkstore import open_mirrored
+from .errors import Busy, Damaged, HorcruxError, NotFound, UsageError
+from .mirrors import check_mirrors
 from .names import Version, check_name, is_name
 from .repository.refs import suggest
 from .repository.repository import Repository
@@ -161,28 +162,11 @@ def create(
     mirrors = config.load().mirrors_of(url)
     with open_mirrored(url, mirrors) as store:
         repository = Repository.open(store)
-        _check_mirrors(repository, url, mirrors)
+        check_mirrors(repository, url, mirrors)
         resolved = repository.resolve(version)
         with locked(name):
             return create_volume(
                 folder, repository, resolved, read_only=read_only, mirrors=mirrors, fill=fill
-            )
-
-
-def _check_mirrors(repository: Repository, url: str, mirrors: Sequence[str]) -> None:
-    """Raises UsageError where a mirror, or `url`, is of another repository. One that is away may
-    be what mirrors are for.
-    """
-    for one in (url, *mirrors) if mirrors else ():
-        try:
-            with open_store(one, limit=2.0) as store:
-                found = Repository.open(store).id
-        except (StoreError, NotFound, Damaged):
-            continue
-        if found != repository.id:
-            raise UsageError(
-                f"{url} and its mirrors are not the same repository ({one} is another): mend the "
-                "remote, or make the mirror with `horcrux-cli clone`"
             )
 
 

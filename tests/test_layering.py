@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"chunkstore"},
     "generate": {"chunkstore", "repository", "source"},
     "refresh": {"chunkstore", "repository", "source", "volume"},
+    "mirrors": {"chunkstore", "repository"},
     "control": set(),
     "peer": set(),
     "tcp": {"server", "attach"},
@@ -32,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugin": {"serving"},
     "server": {"attach", "native"},
     "filesystem": set(),
-    "host": {"chunkstore", "repository", "volume", "attach", "server", "control", "config"},
+    "host": {"chunkstore", "repository", "volume", "attach", "server", "control", "config"}
+    | {"mirrors"},
 }
 MAY_IMPORT["supervise"] = {"host", "server", "attach"}
 MAY_IMPORT["versions"] = MAY_IMPORT["host"] | {"host", "generate", "filesystem"}

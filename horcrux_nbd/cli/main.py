@@ -34,6 +34,7 @@ from . import (
     versions_move,
     versions_refs,
     volumes,
+    volumes_make,
 )
 from .words import WORDS
 
@@ -63,14 +64,14 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
         volumes.status,
     ),
     "Volumes": (
-        volumes.create,
+        volumes_make.create,
         volumes.mount,
         volumes.umount,
         volumes.attach,
         volumes.detach,
         volumes.serve,
         profile.profile,
-        volumes.rm,
+        volumes_make.rm,
     ),
     "Versions": (
         versions.commit,

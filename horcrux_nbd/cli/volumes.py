@@ -12,16 +12,15 @@ import click
 
 from .. import config
 from ..errors import HorcruxError, NotFound, UsageError
-from ..names import Version, check_name, parse_version
+from ..names import Version, check_name
 from ..units import format_size
 from . import output, prefetching
 from .versions_status import versions_json, versions_line
-from .words import REPO, SIZE, VOLUME, existing_folder, volume_state
+from .words import VOLUME, existing_folder, volume_state
 
 if TYPE_CHECKING:
     from ..host import VolumeStatus
 
-COMPARE_LIMIT = 10.0  # seconds to wait for the repository, to see whether files differ from it
 VIA_HELP = "nbd (kernel NBD), ublk, or fuse (nbdfuse + loop). Default: the best there is."
 via_option = click.option("--via", metavar="WAY", help=VIA_HELP)
 read_only_option = click.option("-r", "--read-only", is_flag=True, help="Take no writes.")
@@ -29,94 +28,6 @@ read_only_option = click.option("-r", "--read-only", is_flag=True, help="Take no
 
 def _via(asked: str | None) -> str | None:
     return asked or config.load().attach_via
-
-
-# ---- make and remove
-
-
-@click.command()
-@click.argument("volume", type=VOLUME)
-@click.argument("repo", type=REPO, required=False)
-@click.argument("version", required=False)
-@read_only_option
-@click.option("--size", type=SIZE, help="A new, empty volume of this size, of no VERSION yet.")
-@click.option("--filesystem", metavar="TYPE", help="Of a new volume: ext4 (default) or xfs.")
-@prefetching.fill_options
-@output.json_option
-def create(
-    volume: str,
-    repo: str | None,
-    version: str | None,
-    read_only: bool,
-    size: int | None,
-    filesystem: str | None,
-    prefetch: str | None,
-    fill_rate: int | None,
-    record: str | None,
-    as_json: bool,
-) -> None:
-    """Make a volume: a writable copy of VERSION in REPO.
-
-    Fetches nothing yet. It stays on the version that VERSION means now, also when its branch moves
-    on. What is fetched in the background while it is served (--prefetch) is kept with it.
-
-    With --size it is new and empty. `push` makes it an image called VERSION (or VOLUME) in REPO (or
-    this host's own repository); nothing is asked of REPO before.
-
-    \b
-    horcrux-cli create amcc cp:///opt/horcrux-amcc AMCC
-    horcrux-cli create amcc-old team AMCC@main~2
-    horcrux-cli create scratch --size 10G
-    """
-    from .. import blank, host, identity
-
-    check_name("volume", volume)
-    url = None if repo is None else config.load().url(repo)
-    if size is not None:
-        if read_only:
-            raise UsageError("--read-only and --size contradict each other: it would stay empty")
-        state = blank.create(
-            volume, size, filesystem or "ext4", image=version, url=url, author=identity.author()
-        )
-    elif filesystem is not None:
-        raise UsageError("--filesystem is for a new volume: say its size with --size")
-    elif url is None or version is None:
-        raise UsageError("create takes VOLUME REPO VERSION, or VOLUME --size SIZE")
-    else:
-        state = host.create(
-            volume,
-            url,
-            parse_version(version),
-            read_only=read_only,
-            fill=prefetching.kept(prefetch, fill_rate, record),
-        )
-    if as_json:
-        output.emit_json(_described(host.status(volume)))
-    else:
-        click.echo(
-            f"{volume}: {state.asked} {output.short(state.base)}, {format_size(state.size)}"
-            f"{', read-only' if state.read_only else ''}; next: horcrux-cli mount {volume} DIR"
-        )
-
-
-@click.command()
-@click.argument("volume", type=VOLUME)
-@click.option("-f", "--force", is_flag=True, help="Also when there are changes: they are lost.")
-def rm(volume: str, force: bool) -> None:
-    """Remove a volume and what was written to it.
-
-    The repository is not touched. Refuses when there are changes, which exist nowhere else, unless
-    forced; and while it is in use.
-
-    \b
-    horcrux-cli rm amcc
-    """
-    from .. import host
-    from ..contents import holds_changes
-
-    # A mount writes, too: what counts is whether a file is another one.
-    host.remove(volume, force=force, changed=lambda name: holds_changes(name, COMPARE_LIMIT))
-    click.echo(f"{volume} is removed")
 
 
 # ---- use
@@ -173,7 +84,7 @@ def mount(
             host.remove(volume, force=True)
         raise
     if as_json:
-        output.emit_json(_described(host.status(volume)))
+        output.emit_json(described(host.status(volume)))
     else:
         mode = ", read-only" if mounted.read_only else ""
         click.echo(f"{volume} is on {mounted.target} ({mounted.source}, {mounted.fstype}{mode})")
@@ -257,7 +168,7 @@ def attach(
     options = prefetching.server_options(prefetch, fill_rate, record)
     attachment = host.attach(volume, via=_via(via), read_only=read_only, options=options)
     if as_json:
-        output.emit_json(_described(host.status(volume)))
+        output.emit_json(described(host.status(volume)))
     else:
         click.echo(attachment.device)
 
@@ -405,7 +316,7 @@ def status(volume: str | None, as_json: bool) -> None:
 
     found = [host.status(volume)] if volume else host.statuses()
     if as_json:
-        values = [_described(one) for one in found]
+        values = [described(one) for one in found]
         output.emit_json(values[0] if volume else values)
         return
     if volume:
@@ -484,7 +395,7 @@ def _facts(one: VolumeStatus) -> list[tuple[str, str]]:
     return [(what, value) for what, value in pairs if value]
 
 
-def _described(one: VolumeStatus) -> dict[str, Any]:
+def described(one: VolumeStatus) -> dict[str, Any]:
     state, survey = one.state, one.survey
     server, attachment = one.server, one.attachment
     return {
