@@ -12,8 +12,6 @@ from . import output, prefetching
 from .volumes import described, read_only_option
 from .words import REPO, SIZE, VOLUME
 
-COMPARE_LIMIT = 10.0  # seconds to wait for the repository, to see whether files differ from it
-
 
 @click.command()
 @click.argument("volume", type=VOLUME)
@@ -93,8 +91,6 @@ def rm(volume: str, force: bool) -> None:
     horcrux-cli rm amcc
     """
     from .. import host
-    from ..contents import holds_changes
 
-    # A mount writes, too: what counts is whether a file is another one.
-    host.remove(volume, force=force, changed=lambda name: holds_changes(name, COMPARE_LIMIT))
+    host.remove(volume, force=force)
     click.echo(f"{volume} is removed")
