@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
+
+import pytest
 
 from tests.servers.nbdkit import Nbdkit, connected
 from tests.volume.support import (
     CHUNK,
     IMAGE,
+    make_image,
     noise,
 )
 
@@ -20,6 +24,7 @@ from .support import (
     needs_nbdkit,
     original,
     run,
+    serve,
 )
 
 pytestmark = needs_nbdkit
@@ -65,13 +70,18 @@ def test_qemu_img_reads_converts_and_compares(tmp_path: Path, served: Nbdkit) ->
         assert handle.pread(24 * CHUNK, 0) == part.read_bytes()
 
 
-def test_blkverify_finds_no_difference_to_a_file(tmp_path: Path, served: Nbdkit) -> None:
+@pytest.mark.parametrize(
+    "operations", [2000, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+)
+def test_blkverify_finds_no_difference_to_a_file(
+    tmp_path: Path, served: Nbdkit, operations: int
+) -> None:
     """qemu writes alike to us and to a file, and compares whatever it reads of both."""
     needs("qemu-io", "qemu-utils")
     raw = raw_image(tmp_path)
     chance = random.Random(4)
     commands = []
-    for _ in range(400):
+    for _ in range(operations):
         length = chance.choice([512, 4096, 8192, 65536, 3 * 512])
         offset = chance.randrange((SIZE - length) // 512) * 512
         commands.append(
@@ -102,3 +112,22 @@ def test_fio_verifies_with_many_requests_under_way(tmp_path: Path, served: Nbdki
         "--random_generator=lfsr", "--randseed=7",
         cwd=tmp_path,
     )  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_fio_verifies_10_gib(tmp_path: Path) -> None:
+    """Every block of a large device is written once, in random order, and read back."""
+    needs("fio", "fio")
+    size = 10 << 30
+    url = make_image(tmp_path / "repo", {0: noise(CHUNK)}, size=size)
+    # On a disk: pytest's folder may be in memory.
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="horcrux-") as overlay:
+        with serve(tmp_path, url, overlay=Path(overlay, "o")) as server:
+            run(
+                "fio", "--name=verify", "--ioengine=nbd", f"--uri={server.uri}", "--rw=randwrite",
+                "--bssplit=4k/10:16k/20:64k/70", f"--size={size}", "--iodepth=16",
+                "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--fsync=1024",
+                "--randseed=7",
+                cwd=tmp_path,
+            )  # fmt: skip

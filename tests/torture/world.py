@@ -19,6 +19,7 @@ from horcrux_nbd.chunkstore import open_store
 from horcrux_nbd.chunkstore.base import ChunkStore
 from horcrux_nbd.errors import HorcruxError
 from horcrux_nbd.names import Version
+from horcrux_nbd.native import build
 from horcrux_nbd.repository.repository import Repository
 from horcrux_nbd.repository.verify import verify
 from tests.servers.nbdkit import libnbd
@@ -51,6 +52,8 @@ class Tally:
     pushes: int = 0  # acknowledged
     versions: int = 0  # that came of them, each compared with the oracle
     attaches: int = 0
+    native: int = 0  # servers with the native filter; the others are Python alone
+    servers: int = 0
     recoveries: int = 0  # servers killed while they started
     violations: list[str] = field(default_factory=list)
 
@@ -59,6 +62,7 @@ class Tally:
             f"{self.kills} kills, {self.cuts} power cuts, {self.requests} requests, "
             f"{self.commits} commits begun, {self.pushes} pushes, {self.versions} versions "
             f"compared, {self.attaches} attaches, "
+            f"{self.native} of {self.servers} servers native, "
             f"{self.recoveries} recoveries killed, {len(self.violations)} violations"
         )
 
@@ -86,6 +90,7 @@ class World:
             pieces = {0: content[: 20 * CHUNK], 40 * CHUNK: content[40 * CHUNK :]}
             make_image(store, pieces)
             host.create(name, self.url, Version(IMAGE))
+        self._asked, self._paths = os.environ.get(build.SWITCH), random.Random(name)
         self._killed = 0.0  # monotonic
         # Commits by their messages: what each may hold; those that were acknowledged, and pushed.
         self.made: dict[str, dict[int, list[int]]] = {}
@@ -95,7 +100,19 @@ class World:
     # ---- serve, load, kill
 
     def serve(self) -> None:
+        self._choose_path()
         host.serve(self.name, options=self._options)
+
+    def _choose_path(self) -> None:
+        """The next server has the native filter or not, unless $HORCRUX_NATIVE says which: either
+        goes on where the other was killed.
+        """
+        if self._asked is None:
+            os.environ.pop(build.SWITCH, None)
+            if self._paths.random() < 0.5:
+                os.environ[build.SWITCH] = "0"
+        self.tally.servers += 1
+        self.tally.native += build.found() is not None
 
     def connect(self) -> Any:
         running = server.running(self.name)
@@ -251,6 +268,7 @@ class World:
 
     def _attached(self, seed: str, chance: random.Random) -> None:
         """The volume as a block device, written through it and killed meanwhile."""
+        self._choose_path()
         attachment = host.attach(self.name, options=self._options)
         self.tally.attaches += 1
         try:
@@ -289,3 +307,5 @@ class World:
     def close(self) -> None:
         with contextlib.suppress(HorcruxError):
             host.stop(self.name, force=True)
+        if self._asked is None:
+            os.environ.pop(build.SWITCH, None)
