@@ -19,6 +19,7 @@ ALL = {  # in the order they run; what QUICK has by default with --quick
     "warm": "warm",
     "generate": "generate_speed",
     "lazy": "lazy",
+    "cold": "cold",
     "pages": "page_updates",
     "history": "history_size",
 }

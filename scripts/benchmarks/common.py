@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -160,6 +161,24 @@ def database(scratch: Path, scale: int) -> Path:
     (data / "done").touch()
     shutil.chown(data / "done", "postgres")
     return data
+
+
+def compressible(path: Path, size: int, seed: int = 1) -> None:
+    """A file of `size` bytes in rows that compress about 3 to 1 with zstd, as real tables do."""
+    chance = random.Random(seed)
+    words = [chance.randbytes(6).hex().encode() for _ in range(4096)]
+    with path.open("wb") as file:
+        left = size
+        while left > 0:
+            rows = bytearray()
+            while len(rows) < 1 << 20:
+                number = chance.getrandbits(32)
+                rows += b"%010d %s %s %s 2026-01-%02d shipped  0.00 EUR  %s\n" % (
+                    number, words[number & 4095], words[number >> 12 & 4095],
+                    chance.randbytes(9).hex().encode(), number % 28 + 1, words[number >> 20],
+                )  # fmt: skip
+            file.write(rows[: min(left, 1 << 20)])
+            left -= 1 << 20
 
 
 def folder_bytes(folder: Path) -> int:
