@@ -72,12 +72,15 @@ def read_exactly(fd: int, length: int, offset: int) -> bytes:
 def publish(
     path: str | Path,
     data: bytes,
+    trailer: bytes = b"",
     *,
     exclusive: bool = False,
     durable: bool = True,
     mode: int = 0o644,
 ) -> None:
     """Write `path` so that it is there whole or not at all; replaces it unless `exclusive`.
+
+    Its content is `data`, then `trailer`: joined before, large data would be copied for that.
 
     `durable` syncs file and folder, so that it survives a power cut once this returns. Without it
     a power cut may leave it missing, empty or partial: only for what is checked when read.
@@ -89,21 +92,23 @@ def publish(
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             write_all(fd, data, 0)
+            if trailer:
+                write_all(fd, trailer, len(data))
             if durable:
                 os.fsync(fd)
         finally:
             os.close(fd)
         if exclusive:
             os.link(temporary, path)
+            os.unlink(temporary)
         else:
             os.rename(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"no space left for {path}: free some and try again") from error
         raise
-    finally:
-        with contextlib.suppress(OSError):  # gone already after a rename
-            os.unlink(temporary)
     if durable:
         sync_folder(path.parent)
 

@@ -34,7 +34,7 @@ from ..errors import HorcruxError, NoSpace
 from ..native import handles, library
 from ..repository.commits import MAX_CHUNK
 from ..repository.patch import max_patch_size
-from ..units import GiB
+from ..units import GiB, MiB
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,9 @@ MAX_DEFAULT = 50 * GiB
 DEFAULT_PART = 5  # of the file system's size: a fifth, if that is less
 # Evicting a tenth at a time: a scan costs about 2 s for a million files.
 KEEP_AFTER_EVICTION = 0.9
+# What was inserted is told to the other processes in steps, of at most so many bytes: the file that
+# says it costs as much as the insertion of a small chunk.
+ACCOUNT_EACH = 4 * MiB
 FREE_PART = 20  # of the disk: a twentieth of it is left to others by what nobody asked for
 # A use is noted in the file's mtime when it is older than this (seconds): it orders evictions.
 TOUCH_AFTER = 600.0
@@ -262,17 +265,20 @@ class Cache:
         path = self._path(META if meta else CHUNKS, oid)
         if len(content) + TRAILER.size > self.limit:
             return
-        data = content + _trailer(content, oid)
+        trailer = _trailer(content, oid)
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(os.path.dirname(path), 0o700)
-            files.publish(path, data, durable=False, mode=0o600)
+            try:
+                files.publish(path, content, trailer, durable=False, mode=0o600)
+            except FileNotFoundError:  # the first one with these digits
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(os.path.dirname(path), 0o700)
+                files.publish(path, content, trailer, durable=False, mode=0o600)
             if not meta:
                 with contextlib.suppress(FileNotFoundError):  # evicted by somebody else just now
                     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                     _touch(fd)
                     self._remember(oid, CachedFile(fd, len(content)))
-            self._account(len(data))
+            self._account(len(content) + len(trailer))
         except (OSError, HorcruxError) as error:
             self._cannot_insert(error)
 
@@ -311,6 +317,9 @@ class Cache:
     def _account(self, size: int, wait: bool = False) -> None:
         with self._lock:
             self._unaccounted += size
+            few = self._unaccounted < min(ACCOUNT_EACH, self.limit // 256)
+        if few and not wait:
+            return
         with self._usage(wait) as fd:
             if fd is None:  # no reader waits for somebody else's eviction
                 self._wake.set()
@@ -445,6 +454,8 @@ class Cache:
         with self._usage(wait=True) as fd:
             assert fd is not None
             total = self._read_usage(fd)
+        if total is not None:
+            total += self._unaccounted
         return total if total is not None else sum(entry.size for entry in self.entries())
 
     def close(self) -> None:
