@@ -18,6 +18,7 @@ import botocore.exceptions
 import botocore.handlers
 import botocore.parsers
 import urllib3.exceptions
+from urllib3.util.ssl_match_hostname import CertificateError as WrongHost
 
 from ..errors import (
     KeyExists,
@@ -357,7 +358,8 @@ def _is_certificate_error(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, ssl.SSLCertVerificationError):
+        # urllib3 looks at the host's name itself.
+        if isinstance(error, ssl.SSLCertVerificationError | WrongHost):
             return True
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return True

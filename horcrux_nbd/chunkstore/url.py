@@ -88,6 +88,9 @@ class StoreURL:
         return f"{self.scheme}://{place}{'?' if query else ''}{'&'.join(query)}"
 
 
+_PATHS = ("cp", "scp")
+
+
 def parse_store_url(text: str) -> StoreURL:
     """`text` as a StoreURL; raises UsageError, whose message never holds a secret.
 
@@ -96,6 +99,11 @@ def parse_store_url(text: str) -> StoreURL:
     match = _SCHEME.match(text)
     if _CONTROL.search(text):
         raise UsageError("a store URL holds no control characters: check how it was quoted")
+    try:
+        # Paths may have any bytes, as os.fsdecode gives them; names of buckets may not.
+        text.encode(errors="surrogateescape" if not match or match[1] in _PATHS else "strict")
+    except UnicodeEncodeError:
+        raise UsageError("a store URL is no valid text: write it in UTF-8") from None
     if not match:
         if text and ("/" in text or text.startswith(".") or os.path.exists(text)):
             return StoreURL("cp", path=_local_path(os.path.expanduser(text)))
@@ -177,6 +185,8 @@ def _parse_scp(text: str, rest: str) -> StoreURL:
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise UsageError(f"{_shown(text)}: write the path without '..'")
+    if not parts:
+        raise UsageError(f"{_shown(text)}: the path is that of the whole server: name a folder")
     return StoreURL("scp", path="/" + "/".join(parts), user=user, host=host, port=port)
 
 
