@@ -156,27 +156,35 @@ class FileLock:
         """Take the lock or raise Busy, after `wait` seconds, which says which process holds it."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.02)  # flock(2) has no time-out, and a signal is no way for threads
-                    continue
-                holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-                os.close(fd)
-                raise Busy(
-                    f"{self.what} is in use by process {holder or '(unknown)'}: stop it first"
-                ) from None
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    # flock(2) has no time-out, and a signal is no way for threads
+                    if time.monotonic() < deadline:
+                        time.sleep(0.02)
+                        continue
+                    holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+                    raise Busy(
+                        f"{self.what} is in use by process {holder or '(unknown)'}: stop it first"
+                    ) from None
+        except BaseException:
+            os.close(fd)
+            raise
         self._fd = fd
         self.note_holder()
         return self
 
     def note_holder(self) -> None:
-        """Write down who holds it: after a fork, which takes the lock along, it is the child."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        """Write down who holds it: after a fork, which takes the lock along, it is the child.
+
+        For a message only, so a full disk is no reason not to have the lock.
+        """
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         if self._fd >= 0:

@@ -184,5 +184,5 @@ class PendingFiles:
 
 def _drop(pending: Pending) -> None:
     os.close(pending.fd)
-    with contextlib.suppress(FileNotFoundError):  # it has its name
+    with contextlib.suppress(OSError):  # it has its name; or a sweep finds it
         os.unlink(pending.temporary)

@@ -87,6 +87,7 @@ class Layer:
         self._flushing = self._given_back = False
         self._failed: BaseException | None = None  # what a sync failed with
         self.read_only = False
+        self._opened = False  # until then nothing is known of what is in `recent`
 
     @classmethod
     def create(cls, folder: Path, layer_id: bytes, size: int) -> Layer:
@@ -127,6 +128,7 @@ class Layer:
         except BaseException:
             self.close()
             raise
+        self._opened = True
         return self
 
     # ---- data
@@ -308,8 +310,10 @@ class Layer:
         """Nothing is written any more; reads that are under way go on."""
         self.core.set_writable(False)
         self._log.close()
-        if self._failed is None and not self.blocks.is_dirty and not self.read_only:
-            self._recent.remove()
+        all_durable = self._failed is None and not self.blocks.is_dirty
+        if self._opened and all_durable and not self.read_only:
+            with contextlib.suppress(OSError):  # what is in it is durable: it may be done again
+                self._recent.remove()
         self._recent.close()
 
     def close(self) -> None:

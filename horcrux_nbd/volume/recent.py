@@ -124,8 +124,8 @@ class Recent:
         """Begin anew: what `load` gave is durable now. Does without where there is no room."""
         self.remove()  # an entry of before must not look like one of ours
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self.path, flags, 0o600)
         try:
+            self._fd = os.open(self.path, flags, 0o600)
             os.posix_fallocate(self._fd, 0, 2 * HALF)
             self.switch()
             self.switch()  # both halves are of this process
@@ -194,6 +194,9 @@ def _entries(half: bytes, generation: int) -> Iterator[Mark]:
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
-    if _pwrite(fd, data, len(data), offset) != len(data):
+    done = _pwrite(fd, data, len(data), offset)
+    if 0 < done < len(data):
+        _write(fd, data[done:], offset + done)
+    elif done != len(data):
         code = ctypes.get_errno() or errno.EIO
         raise OSError(code, os.strerror(code))

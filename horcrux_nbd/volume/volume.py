@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -257,26 +258,26 @@ class Volume:
 
     def close(self) -> None:
         """Flush, stop fetching, release the lock. Raises what `flush` raises, after all is done."""
-        if self.native is not None:
-            self.native.serve(False)
-            self.native.set([], None, read_only=True)
-        try:
-            self.flush()
-        finally:
-            if self._recorder is not None:
-                self._recorder.stop()
-            self.base.close(wait=False)
-            self.base.repository.store.close()  # ends what waits for a store that is away
-            for background in (self._warmer, self.filler):
-                if background is not None:
-                    background.stop()
-            self.base.close()
-            self.fresh.drop()
-            for remover in self.removers:
-                remover.join(REMOVAL_LIMIT)
+        with contextlib.ExitStack() as stack:  # from the last to the first, whatever one raises
+            stack.callback(_close, self._resources)
             for layer in self.overlay.layers if self.overlay is not None else ():
-                layer.close()
-            _close(self._resources)
+                stack.callback(layer.close)
+            for remover in self.removers:
+                stack.callback(remover.join, REMOVAL_LIMIT)
+            stack.callback(self.fresh.drop)
+            stack.callback(self.base.close)
+            for background in (self.filler, self._warmer):
+                if background is not None:
+                    stack.callback(background.stop)
+            # Ends what waits for a store that is away.
+            stack.callback(self.base.repository.store.close)
+            stack.callback(self.base.close, wait=False)
+            if self._recorder is not None:
+                stack.callback(self._recorder.stop)
+            if self.native is not None:
+                self.native.serve(False)
+                self.native.set([], None, read_only=True)
+            self.flush()
 
 
 def _native(overlay: Overlay | None, base: Base) -> handles.Volume | None:
@@ -299,8 +300,10 @@ class Closable:
 
 
 def _close(resources: list[Closable]) -> None:
-    while resources:
-        resources.pop().close()
+    with contextlib.ExitStack() as stack:
+        for resource in resources:
+            stack.callback(resource.close)
+        resources.clear()
 
 
 def _open_repository(
