@@ -207,3 +207,29 @@ def test_waiting_for_a_lock(tmp_path: Path) -> None:
     timer.start()
     files.FileLock(tmp_path / "lock", "it").acquire(wait=10).release()
     timer.join()
+
+
+def test_a_lock_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume on a full disk can be served, and so be freed of what is too much."""
+    lock = files.FileLock(tmp_path / "lock", "it")
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        lock.acquire()
+    with pytest.raises(Busy, match="in use"):
+        files.FileLock(tmp_path / "lock", "it").acquire()
+    lock.release()
+
+
+def test_json_of_10_gib_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    files.publish_json(path, {"a": 1})
+    os.truncate(path, 10 << 30)
+    with pytest.raises(Damaged, match="over 16 MiB"):
+        files.read_json(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(Damaged):
+        files.read_json(path)

@@ -177,7 +177,7 @@ def _part(name: str, real: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 # ---- chunk stores
 
-HANG = 0.15  # seconds that a store which hangs says nothing before its own limit ends it
+HANG = 0.05  # seconds that a store which hangs says nothing before its own limit ends it
 
 
 class FaultyStore(WrapperStore):

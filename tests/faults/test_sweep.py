@@ -30,7 +30,7 @@ from .operations import OPERATIONS, TYPED, Operation
 
 SAMPLE = 4  # faults of a kind in the usual run
 LIMIT = 20.0  # seconds for one run: far more than all the limits in it, far less than a hang
-STORE_LIMIT = 0.5  # seconds that a store which is away is waited for
+STORE_LIMIT = 0.2  # seconds that a store which is away is waited for
 
 
 class _Quick(RetryStore):

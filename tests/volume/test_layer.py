@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import random
 import subprocess
@@ -99,6 +101,31 @@ def test_the_death_of_the_process_between_two_tries_of_a_flush(
             put(layer, block, noise(BLOCK_SIZE, block))
     die(layer)
     assert reopened(tmp_path / "l").blocks.count() == (5, 0)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_an_open_that_fails_keeps_what_the_dead_process_had_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Found by tests/faults/test_sweep.py: too many open files, and `recent` was removed."""
+    layer = new_layer(tmp_path)
+    put(layer, 3, noise(BLOCK_SIZE, "acknowledged"))
+    die(layer)
+    real, calls = os.open, itertools.count(1)
+
+    def fails(*args, **kw):  # type: ignore[no-untyped-def]
+        if next(calls) == number:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*args, **kw)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", fails)
+        with contextlib.suppress(OSError):
+            reopened(tmp_path).close()
+        assert next(calls) > number
+    layer = reopened(tmp_path)
+    assert get(layer, 3) == noise(BLOCK_SIZE, "acknowledged")
+    layer.close()
 
 
 def test_when_there_is_no_room_for_marks_a_flush_makes_it(

@@ -133,19 +133,30 @@ def test_garbage_is_no_mark(
     assert loaded(folder) in ([], [(3, 1, 1)])
 
 
+@pytest.mark.parametrize("call", ["open", "posix_fallocate"])
 def test_without_room_it_does_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    noted = started(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        noted = started(tmp_path)
     assert noted.note(1, 1, 1)
     noted.switch()
     noted.close()
     assert not (tmp_path / "recent").exists()
     assert "what was not flushed is lost" in caplog.text
+
+
+def test_a_write_that_does_a_part_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = recent._pwrite
+    monkeypatch.setattr(recent, "_pwrite", lambda fd, data, n, at: real(fd, data, min(n, 5), at))
+    noted = started(tmp_path)
+    assert noted.note(3, 1, 1)
+    noted.close()
+    assert loaded(tmp_path) == [(3, 1, 1)]
 
 
 def test_a_write_that_fails_is_an_error(tmp_path: Path) -> None:

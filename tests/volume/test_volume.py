@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import random
 import shutil
@@ -447,6 +449,53 @@ def test_a_lost_or_foreign_layer_is_refused(tmp_path: Path, url: str) -> None:
     shutil.rmtree(layer)
     os.rename(tmp_path / "layer", layer)
     Volume.open(folder, cache=tmp_path / "cache").close()
+
+
+def test_a_digit_that_is_another_in_its_state_removes_no_layer(tmp_path: Path, url: str) -> None:
+    """Another layer's number made the one in use a stranger, which was swept away."""
+    folder = make_volume(tmp_path / "v", url)
+    state = folder / "volume.json"
+    sound = state.read_text()
+    layers = list((folder / "overlay").iterdir())
+    state.write_text(sound.replace('"number": 1', '"number": 2'))
+    with pytest.raises(Damaged, match="check does not match"):
+        Volume.open(folder, cache=tmp_path / "cache")
+    # One without a check, as early releases wrote it.
+    value = {**json.loads(state.read_text())}
+    del value["check"]
+    state.write_text(json.dumps(value))
+    with pytest.raises(Damaged, match="map is missing"):
+        Volume.open(folder, cache=tmp_path / "cache")
+    assert list((folder / "overlay").iterdir()) == layers
+    state.write_text(sound)
+    Volume.open(folder, cache=tmp_path / "cache").close()
+
+
+def test_closing_lets_go_of_all_whatever_fails(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_volume(tmp_path / "v", url)
+    Volume.open(folder, cache=tmp_path / "cache").close()
+    before = open_descriptors()
+    for step in ("flush", "base", "cache"):
+        volume = Volume.open(folder, cache=tmp_path / "cache")
+        assert volume.overlay is not None
+        target, name = {
+            "flush": (volume.overlay, "flush"),
+            "base": (volume.base, "close"),
+            "cache": (volume.base._cache, "_account"),
+        }[step]
+        volume.base._cache._unaccounted = 1
+
+        def fails(*args: object, **kw: object) -> None:
+            raise RuntimeError("test")
+
+        monkeypatch.setattr(target, name, fails)
+        with pytest.raises(RuntimeError):
+            volume.close()
+        del volume, target
+        gc.collect()
+        assert open_descriptors() == before, step
 
 
 def test_nothing_is_left_open(tmp_path: Path, url: str) -> None:
