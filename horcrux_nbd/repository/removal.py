@@ -20,7 +20,7 @@ from ..names import check_name
 from ..progress import Progress
 from . import profiles
 from .commits import Commit
-from .leases import MARK, Lease
+from .leases import MARK, Lease, refuse_others
 from .listing import Listing
 from .marking import MANY, Marking, Roots, Versions, history, read_roots
 from .objects import ID_SIZE, Kind, kind_of, object_key
@@ -223,6 +223,8 @@ class Collector:
     def _remove_due(self) -> tuple[int, int]:
         due = [one for one in announcements(self.repository) if self._is_due(one)]
         if not due:
+            # One that died when all was removed has left its lease, for which pushes would wait.
+            refuse_others(self.store, "", self._clock)
             return 0, 0
         latest = due[-1].begins
         while (left := latest - self._clock()) > 0:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import secrets
 import struct
@@ -28,9 +29,11 @@ import xxhash
 from .. import files
 from ..chunkstore.base import ChunkStore, Stat, check_prefix
 from ..chunkstore.walk import merge
-from ..errors import Damaged, NoSpace, StoreError, StoreFull
+from ..errors import Damaged, KeyNotFound, NoSpace, StoreError, StoreFull
 from ..repository.objects import Kind, key_id, kind_of, object_key
 from ..units import MiB
+
+log = logging.getLogger(__name__)
 
 FOLDER = "packs"  # below the root; no key of a repository begins so
 OWN, SENT = ".pack", ".sent"
@@ -57,7 +60,7 @@ class Pack:
         self.gone: set[bytes] = set()  # deleted, as far as this process is concerned
 
     def _table(self) -> dict[bytes, tuple[int, int]]:
-        end = os.pread(self._fd, END.size, max(self.size - END.size, 0))
+        end = files.read_exactly(self._fd, END.size, max(self.size - END.size, 0))
         with contextlib.suppress(struct.error):
             magic, count, zero, check = END.unpack(end)
             start = self.size - END.size - count * ENTRY.size
@@ -102,6 +105,7 @@ class PackedStore(ChunkStore):
         self._growing: dict[bytes, bytes] = {}
         self._growing_bytes = 0
         self._packs: dict[str, Pack] = {}  # by name
+        self._broken: Damaged | None = None  # an own pack that cannot be read
         self._looked = (-1, False)  # time of the folder, and whether a later change would show
         self._lock = threading.RLock()
 
@@ -122,16 +126,31 @@ class PackedStore(ChunkStore):
 
     def _scan(self) -> dict[str, Pack]:
         found: dict[str, Pack] = {}
+        self._broken = None
         for name in sorted(os.listdir(self._folder)):
             token, dot, end = name.partition(".")
             if not token or dot + end not in (OWN, SENT):
                 continue
             pack = self._packs.get(name) or self._packs.get(f"{token}{OWN}")
-            with contextlib.suppress(FileNotFoundError):  # sent or removed just now
+            try:
                 pack = pack or Pack(self._folder / name)
-                pack.path = self._folder / name
-                found[name] = pack
+            except FileNotFoundError:  # sent or removed just now
+                continue
+            except Damaged as error:
+                if dot + end == SENT:  # the repository has what was in it
+                    log.warning("%s: what was in it comes from the repository", error)
+                else:
+                    self._broken = error
+                continue
+            pack.path = self._folder / name
+            found[name] = pack
         return found
+
+    def _check_whole(self) -> None:
+        """Raise if it cannot be told what is there: nobody may take it for what is all."""
+        self._current()
+        if self._broken is not None:
+            raise self._broken
 
     def _own(self) -> list[Pack]:
         return [pack for pack in self._current() if pack.path.suffix == OWN]
@@ -155,7 +174,11 @@ class PackedStore(ChunkStore):
         if data is None:
             pack = self._find(oid, self._current())
             if pack is None:
-                return self._loose.get(key, offset, length)
+                try:
+                    return self._loose.get(key, offset, length)
+                except KeyNotFound:
+                    self._check_whole()
+                    raise
             try:
                 data = pack.read(oid)
             except OSError as error:
@@ -183,9 +206,18 @@ class PackedStore(ChunkStore):
         if not objects:
             return
         try:
+            self._publish_file(encode_pack(objects))
+        except BaseException:
+            # Whoever syncs again means these too.
+            self._growing = {**objects, **self._growing}
+            self._growing_bytes = sum(map(len, self._growing.values()))
+            raise
+
+    def _publish_file(self, data: bytes) -> None:
+        try:
             files.make_folder(self._folder, 0o700)
             path = self._folder / f"{secrets.token_hex(8)}{OWN}"
-            files.publish(path, encode_pack(objects), mode=0o600)
+            files.publish(path, data, mode=0o600)
         except NoSpace as error:
             raise StoreFull(f"No space left for {self._folder}: free some space there") from error
         except OSError as error:
@@ -201,6 +233,8 @@ class PackedStore(ChunkStore):
         if oid in self._growing:
             return Stat(key, len(self._growing[oid]), time.time())
         pack = self._find(oid, self._own())
+        if pack is None:
+            self._check_whole()
         return Stat(key, pack.entries[oid][1], pack.mtime) if pack else self._loose.stat(key)
 
     def children(self, prefix: str) -> list[str]:
@@ -226,6 +260,7 @@ class PackedStore(ChunkStore):
 
     def _packed(self, prefix: str, after: str) -> list[Stat]:
         """The packed objects of the volume's own, by key."""
+        self._check_whole()
         found = {
             oid: Stat(object_key(oid), length, pack.mtime)
             for pack in self._own()
@@ -249,6 +284,7 @@ class PackedStore(ChunkStore):
 
     def sizes(self) -> dict[bytes, int]:
         """The volume's own objects: id → bytes as stored. Those that were sent are none."""
+        self._check_whole()
         found = {
             oid: entry.size
             for entry in self._loose.list("objects/")

@@ -159,6 +159,7 @@ _KINDS = (
     (re.compile(r"volumes/[^/]*/volume.json"), "volume.json"),
     (re.compile(r"volumes/[^/]*/(?:versions\.)?lock"), "lock"),
     (re.compile(r"volumes/[^/]*/reflog"), "reflog"),
+    (re.compile(r"volumes/[^/]*/objects/packs/.*"), "packs"),
     (re.compile(r"volumes/[^/]*/objects/.*"), "objects"),
     (re.compile(r"volumes/[^/]*/overlay/[0-9]*/data-.*"), "data"),
     (re.compile(r"volumes/[^/]*/overlay/[0-9]*/(map|recent|flushed)"), ""),

@@ -39,8 +39,8 @@ def damage(world: str, cases: int, seed: int) -> dict[str, Any]:
 
 EVERY_OBJECT = {"chunk", "patch", "node", "commit", "heads", "tags", "horcrux.json"}
 EVERY_FILE = {
-    "volume.json", "map", "recent", "flushed", "data", "objects", "lock", "reflog", "chunks",
-    "meta", "usage",
+    "volume.json", "map", "recent", "flushed", "data", "objects", "packs", "lock", "reflog",
+    "chunks", "meta", "usage",
 }  # fmt: skip
 
 

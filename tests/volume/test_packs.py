@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from horcrux_nbd.chunkstore import open_store
-from horcrux_nbd.errors import Damaged, KeyNotFound
+from horcrux_nbd.errors import Damaged, KeyNotFound, NoSpace, StoreFull
 from horcrux_nbd.repository.index import FANOUT, encode_node
 from horcrux_nbd.repository.objects import NULL_ID, Kind, encode, object_id, object_key
 from horcrux_nbd.volume import packs
@@ -181,3 +181,72 @@ def test_what_killed_writers_left_goes(root: Path) -> None:
         assert has(store, 1)
         store.sweep()
         assert names(root) == [".pack"]
+
+
+def damage(root: Path, suffix: str) -> Path:
+    (path,) = (root / packs.FOLDER).glob(f"*{suffix}")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_pack_that_was_sent_is_done_without(root: Path) -> None:
+    """The repository has what was in it."""
+    with open_packed(root) as store:
+        put(store, 1, 2)
+        store.sync()
+        store.sent({node(1)[0], node(2)[0]})
+        put(store, 3)
+        store.sync()
+    damage(root, ".sent")
+    with open_packed(root) as store:
+        assert not has(store, 1)
+        assert has(store, 3)
+        assert set(store.sizes()) == {node(3)[0]}
+
+
+def test_of_a_damaged_pack_of_its_own_nobody_says_that_nothing_is_missing(root: Path) -> None:
+    """A push that took it for all there is would send a version without its index."""
+    with open_packed(root) as store:
+        put(store, 1)
+        store.sync()
+        put(store, 2)
+        store.sync()
+        damage(root, sorted((root / packs.FOLDER).iterdir())[0].name)
+    with open_packed(root) as store:
+        lost, there = (1, 2) if not _reads(store, 1) else (2, 1)
+        assert has(store, there)
+        for ask in (
+            lambda: store.get(object_key(node(lost)[0])),
+            lambda: store.stat(object_key(node(lost)[0])),
+            lambda: list(store.list("objects/")),
+            store.sizes,
+        ):
+            with pytest.raises(Damaged, match="restore the volume"):
+                ask()
+
+
+def _reads(store: PackedStore, number: int) -> bool:
+    try:
+        return has(store, number)
+    except Damaged:
+        return False
+
+
+def test_a_sync_that_found_no_room_can_be_tried_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kw: object) -> None:
+        raise NoSpace("full")
+
+    with open_packed(root) as store, open_packed(root) as other:
+        put(store, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(packs.files, "publish", full)
+            with pytest.raises(StoreFull):
+                store.sync()
+        put(store, 2)
+        store.sync()
+        assert has(other, 1)
+        assert has(other, 2)
