@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import threading
-
 from unittest.mock import patch
 
 import pytest
