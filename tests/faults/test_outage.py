@@ -184,8 +184,10 @@ def outage(store: Store, how: str, folder: Path, limit: float, length: float) ->
         # And once more, to leave while it is away and somebody waits for it.
         last = noise(CHUNK, "last")
         with away(store, how):
-            waiting = pool.submit(timed, lambda: others[0].pread(4096, 5 * CHUNK))
             mine.pwrite(last, 3 * CHUNK)
+            waiting = pool.submit(_read_and_leave, others[0], 5 * CHUNK)
+            for handle in (mine, *others[1:]):
+                handle.shutdown()
             began = time.monotonic()
             server.stop(LEAVE)
             told["left in"] = time.monotonic() - began
@@ -195,6 +197,14 @@ def outage(store: Store, how: str, folder: Path, limit: float, length: float) ->
         assert again.pread(CHUNK, 3 * CHUNK) == last
         again.shutdown()
     return told
+
+
+def _read_and_leave(handle: Any, offset: int) -> None:
+    timed(partial(handle.pread, 4096, offset))
+    nbd = libnbd()
+    assert nbd is not None
+    with contextlib.suppress(nbd.Error):
+        handle.shutdown()
 
 
 def show(what: str, told: dict[str, float]) -> None:
