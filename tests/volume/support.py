@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
@@ -179,6 +180,7 @@ class Watched(WrapperStore):
 
 def open_descriptors() -> set[str]:
     """What this process has open: files, sockets and pipes by what they are."""
+    gc.collect()  # what earlier tests let go of in circles
     found = set()
     for name in os.listdir("/proc/self/fd"):
         try:
