@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import importlib
 import logging
 import os
 import signal
@@ -16,26 +18,6 @@ import click
 
 from .. import __version__
 from ..errors import HorcruxError
-from . import (
-    cache,
-    completion,
-    doctor,
-    files,
-    generate,
-    key,
-    native,
-    profile,
-    repositories,
-    settings,
-    upkeep,
-    versions,
-    versions_diff,
-    versions_log,
-    versions_move,
-    versions_refs,
-    volumes,
-    volumes_make,
-)
 from .words import WORDS
 
 PROGRAM = "horcrux-cli"
@@ -45,57 +27,59 @@ OUTPUT_CLOSED = 141  # 128 + SIGPIPE
 KEY_FILE = "HORCRUX_KEY_FILE"  # as keyring.py has it
 HICCUP = 5.0  # seconds
 
-SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "The way in": (
-        generate.generate,
-        upkeep.clone,
-        upkeep.sync,
-        repositories.verify,
-        upkeep.repair,
-        upkeep.gc,
-    ),
-    "What is there": (
-        files.ls,
-        files.cat,
-        files.restore,
-        versions_log.log,
-        versions_log.show,
-        versions_diff.diff,
-        volumes.status,
-    ),
-    "Volumes": (
-        volumes_make.create,
-        volumes.mount,
-        volumes.umount,
-        volumes.attach,
-        volumes.detach,
-        volumes.serve,
-        profile.profile,
-        volumes_make.rm,
-    ),
-    "Versions": (
-        versions.commit,
-        versions.push,
-        versions.fetch,
-        versions.pull,
-        versions_move.checkout,
-        versions_refs.branch,
-        versions_refs.tag,
-        versions_refs.reflog,
-        versions_move.revert,
-        versions_move.reset,
-        versions_move.stash,
-    ),
-    "This host": (
-        cache.cache,
-        doctor.doctor,
-        key.key,
-        native.native,
-        settings.config,
-        settings.remote,
-        completion.plugin_path,
-        completion.completion,
-    ),
+# Command: the module that has it, which is imported when it is wanted: all of them together take
+# longer than most commands.
+SECTIONS: dict[str, dict[str, str]] = {
+    "The way in": {
+        "generate": "generate",
+        "clone": "upkeep",
+        "sync": "upkeep",
+        "verify": "repositories",
+        "repair": "upkeep",
+        "gc": "upkeep",
+    },
+    "What is there": {
+        "ls": "files",
+        "cat": "files",
+        "restore": "files",
+        "log": "versions_log",
+        "show": "versions_log",
+        "diff": "versions_diff",
+        "status": "volumes",
+    },
+    "Volumes": {
+        "create": "volumes_make",
+        "mount": "volumes",
+        "umount": "volumes",
+        "attach": "volumes",
+        "detach": "volumes",
+        "serve": "volumes",
+        "profile": "profile",
+        "rm": "volumes_make",
+    },
+    "Versions": {
+        "commit": "versions",
+        "push": "versions",
+        "fetch": "versions",
+        "pull": "versions",
+        "checkout": "versions_move",
+        "branch": "versions_refs",
+        "tag": "versions_refs",
+        "reflog": "versions_refs",
+        "revert": "versions_move",
+        "reset": "versions_move",
+        "stash": "versions_move",
+    },
+    "This host": {
+        "cache": "cache",
+        "doctor": "doctor",
+        "key": "key",
+        "native": "native",
+        "config": "settings",
+        "remote": "settings",
+        "plugin-path": "completion",
+        "completion": "completion",
+    },
 }
 
 HELP = f"""Versioned disk images: a private, writable copy of any data set in seconds.
@@ -129,15 +113,35 @@ class Commands(click.Group):
             raise _OutputClosed from None  # click would make it a failure like any other
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [str(command.name) for commands in SECTIONS.values() for command in commands]
+        return [name for commands in SECTIONS.values() for name in commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for commands in SECTIONS.values():
+            if cmd_name in commands:
+                module = importlib.import_module(f"{__package__}.{commands[cmd_name]}")
+                command = getattr(module, cmd_name.replace("-", "_"))
+                assert isinstance(command, click.Command)
+                return command
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            if near:
+                told = f"No such command {args[0]!r}: did you mean {near[0]}?"
+                raise click.UsageError(told, ctx) from error
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl(
-                    [(str(command.name), command.get_short_help_str(66)) for command in commands],
-                    col_max=11,
-                )
+                found = ((name, self.get_command(ctx, name)) for name in commands)
+                lines = [(name, one.get_short_help_str(66)) for name, one in found if one]
+                formatter.write_dl(lines, col_max=11)
 
 
 @click.group(
@@ -152,11 +156,6 @@ class Commands(click.Group):
 )
 def cli(debug: bool) -> None:
     _set_up_log(debug or _debugging())
-
-
-for _commands in SECTIONS.values():
-    for _command in _commands:
-        cli.add_command(_command)
 
 
 def _debugging() -> bool:

@@ -72,6 +72,7 @@ def _hook(command: str | None, when: str) -> Callable[[], None] | None:
 @click.option("--allow-empty", is_flag=True, help="Also when nothing changed.")
 @click.option("--before", metavar="CMD", help="Run this right before the freeze (CHECKPOINT, …).")
 @click.option("--after", metavar="CMD", help="Run this when writes go on.")
+@click.option("--push", "push_too", is_flag=True, help="Push it, too.")
 @click.option("--author", help="Default: what git would say.")
 @output.quiet_option
 @output.json_option
@@ -82,6 +83,7 @@ def commit(
     allow_empty: bool,
     before: str | None,
     after: str | None,
+    push_too: bool,
     author: str | None,
     quiet: bool,
     as_json: bool,
@@ -92,33 +94,42 @@ def commit(
     volumes are frozen at one moment, and get a version each or none.
 
     \b
-    horcrux-cli commit amcc -m "fix prices" -t ticket=4711
+    horcrux-cli commit amcc -m "fix prices" -t ticket=4711 --push
     horcrux-cli commit db files -m "release 7" --before "psql -c CHECKPOINT"
     """
     from .. import versions
     from ..progress import make_progress
 
+    author = author or identity.author()
     with make_progress(quiet or as_json) as progress:
         made = versions.commit(
             volumes,
             message,
-            author=author or identity.author(),
+            author=author,
             tags=tags_of(tags),
             allow_empty=allow_empty,
             before=_hook(before, "before"),
             after=_hook(after, "after"),
             progress=progress,
         )
-    if as_json:
-        output.emit_json({name: _commit_json(one) for name, one in made.items()})
-        return
-    for name, one in sorted(made.items()):
+    for name, one in [] if as_json else sorted(made.items()):
         click.echo(
             f"{name}: {output.short(one.id)} {output.printable(one.commit.message)}: "
             f"{format_size(one.packed.changed_bytes)} changed, {format_size(one.bytes)} to push"
         )
-    for name in sorted(set(volumes) - set(made)):
+    for name in [] if as_json else sorted(set(volumes) - set(made)):
         click.echo(f"{name}: no changes")
+    pushed = {}
+    for name in sorted(made) if push_too else ():
+        with make_progress(quiet or as_json) as progress:
+            pushed[name] = versions.push(name, author=author, progress=progress)
+        if not as_json:
+            click.echo(_push_line(name, pushed[name]))
+    if as_json:
+        told = {name: _commit_json(one) for name, one in made.items()}
+        for name, sent in pushed.items():
+            told[name]["push"] = _push_json(sent)
+        output.emit_json(told)
 
 
 def _commit_json(one: Committed) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def _commit_json(one: Committed) -> dict[str, Any]:
 @click.command()
 @click.argument("volumes", type=VOLUME, nargs=-1, required=True, metavar="VOLUME...")
 @click.option("-b", "--branch", metavar="NAME", help="Push to a new branch, and follow that.")
-@click.option("--tag", metavar="NAME", help="Also name the version with this tag.")
+@click.option("--tag", metavar="NAME", help="Name what all of them lie on then.")
 @click.option("--to", type=REPO, help="For a new image: the repository that it goes to.")
 @click.option("--force", is_flag=True, help="Also move the branch back, after a reset.")
 @output.quiet_option
@@ -166,16 +177,20 @@ def push(
     author = identity.author()
     url = None if to is None else config.load().url(to)
     done = {}
+    volumes = tuple(dict.fromkeys(volumes))
+    if tag is not None:
+        versions.check_free(volumes, tag)
     for name in volumes:
         with make_progress(quiet or as_json) as progress:
-            pushed = versions.push(
+            done[name] = versions.push(
                 name, branch=branch, force=force, to=url, author=author, progress=progress
             )
-            if tag is not None:
-                versions.tag_volume(name, tag, author=author)
-        done[name] = pushed
         if not as_json:
-            click.echo(_push_line(name, pushed) + (f"; tag {tag}" if tag else ""))
+            click.echo(_push_line(name, done[name]))
+    if tag is not None:  # when all are there: the tag names the set
+        for name, oid in versions.tag_volumes(volumes, tag, author=author).items():
+            if not as_json:
+                click.echo(f"{name}: tag {tag} is {output.short(oid)}")
     if as_json:
         output.emit_json({name: _push_json(one) for name, one in done.items()})
 

@@ -67,15 +67,17 @@ def repositories_of(image: str) -> list[str]:
     One that does not answer counts as one that has it not.
     """
     from .. import host
-    from ..chunkstore import open_store
+    from ..chunkstore import open_mirrored
     from ..repository.repository import Repository
 
     states = (volume_state(name) for name in host.names())
     urls = sorted({state.repository for state in states if state and state.image == image})
     if urls:
         return urls
-    for url in sorted(set(config.load().remotes.values())):
-        with contextlib.suppress(HorcruxError), open_store(url, limit=5) as store:
+    settings = config.load()
+    for url in sorted(set(settings.remotes.values())):
+        mirrors = settings.mirrors_of(url)
+        with contextlib.suppress(HorcruxError), open_mirrored(url, mirrors, limit=5) as store:
             if image in Repository.open(store).refs.images():
                 urls.append(url)
     return urls
@@ -112,7 +114,7 @@ class Opened:
 @contextlib.contextmanager
 def opened(target: str, ref: str | None = None) -> Iterator[tuple[Opened, str | None]]:
     """An open TARGET, and REF without the image's name. Raises NotFound, StoreError."""
-    from ..chunkstore import open_store
+    from ..chunkstore import open_mirrored
     from ..repository.repository import Repository
     from ..versions.history import Commits
     from ..versions.session import Session, opened_cache
@@ -128,7 +130,8 @@ def opened(target: str, ref: str | None = None) -> Iterator[tuple[Opened, str | 
                 ref,
             )
             return
-        repository = Repository.open(stack.enter_context(open_store(found.url)))
+        mirrors = config.load().mirrors_of(found.url)
+        repository = Repository.open(stack.enter_context(open_mirrored(found.url, mirrors)))
         cache = stack.enter_context(opened_cache())
         image = found.image
         if image is None:

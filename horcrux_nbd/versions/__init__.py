@@ -5,7 +5,7 @@ running workload; a push brings to the store what it lacks and moves the branch.
 the state before or after it, and one that was broken off is taken up by the next.
 """
 
-from .branches import delete_branch, make_branch, tag_volume
+from .branches import check_free, delete_branch, make_branch, tag_volumes
 from .commit import Committed, NothingToCommit, commit
 from .move import (
     Changes,
@@ -37,6 +37,7 @@ __all__ = [
     "Pushed",
     "ServerGone",
     "Session",
+    "check_free",
     "checkout",
     "commit",
     "delete_branch",
@@ -52,5 +53,5 @@ __all__ = [
     "stash_drop",
     "stash_pop",
     "stashes",
-    "tag_volume",
+    "tag_volumes",
 ]

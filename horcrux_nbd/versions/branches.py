@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Sequence
 
 from ..errors import Busy, NotFound, UsageError
 from ..names import check_name
@@ -65,17 +67,52 @@ def _reached_otherwise(
     )
 
 
-def tag_volume(name: str, tag: str, *, author: str, message: str = "") -> bytes:
-    """Name the version that a volume lies on with a tag in its repository; its id.
-
-    Raises UsageError where it was never pushed, or the tag is taken.
-    """
+def check_free(names: Sequence[str], tag: str) -> None:
+    """That the versions of all these volumes can be named with one tag. Raises UsageError."""
     check_name("tag", tag)
-    with Session(name, lock=False) as session:
-        if session.own_commits():
-            raise UsageError(f"volume {name} lies on a version that was never pushed: push it")
-        base = session.base
-        session.repository.refs.make_tag(
-            session.state.image, tag, base, author=author, message=message
-        )
-        return base
+    images: dict[tuple[str, str], str] = {}
+    for name in names:
+        with Session(name, lock=False) as session:
+            state = session.state
+            other = images.setdefault((state.repository_id, state.image), name)
+            if other != name:
+                raise UsageError(
+                    f"volumes {other} and {name} are both of image {state.image}: a tag names one "
+                    "version of it"
+                )
+            if state.unborn:  # the push that follows makes its repository
+                continue
+            refs = session.primary.refs
+            there = refs.tag(state.image, tag)
+            if there is not None and there.commit != session.base:
+                raise UsageError(
+                    f"tag {tag!r} of {state.image} is {there.commit.hex()[:12]} already: choose "
+                    "another name; nothing was done"
+                )
+            head = refs.head(state.image, tag)
+            if head is not None and head.commit is not None:
+                raise UsageError(f"{state.image} has a branch {tag!r}: choose another name")
+
+
+def tag_volumes(names: Sequence[str], tag: str, *, author: str) -> dict[str, bytes]:
+    """Name the versions that volumes lie on with one tag, each in its image; their ids. The tag's
+    message names the others of a set.
+
+    Raises UsageError where one was never pushed, or the tag is taken: before any is made.
+    """
+    check_free(names, tag)
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(Session(name, lock=False)) for name in names]
+        for session in sessions:
+            if session.own_commits():
+                raise UsageError(
+                    f"volume {session.name} lies on a version that was never pushed: push it"
+                )
+        images = {session.name: session.state.image for session in sessions}
+        for session in sessions:
+            others = [f"{image}@{tag}" for name, image in images.items() if name != session.name]
+            refs, image = session.primary.refs, images[session.name]
+            if refs.tag(image, tag) is None:  # there after a run that was broken off
+                message = f"together with {', '.join(others)}" if others else ""
+                refs.make_tag(image, tag, session.base, author=author, message=message)
+        return {session.name: session.base for session in sessions}

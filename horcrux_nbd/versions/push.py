@@ -181,7 +181,7 @@ def _expected(
     if head is not None and (force or not commits) and head.hex() in _looked_at(state):
         return head
     if head is None or head.hex() not in _looked_at(state):
-        raise session.repository.refs.moved(state.image, target, record)
+        raise session.primary.refs.moved(state.image, target, record)
     if head.hex() != state.upstream or commits[-1][1].parents[:1] != (head,):
         raise Diverged(
             f"{head.hex()[:12]} on branch {target!r} of {state.image} is not below the versions "

@@ -11,13 +11,13 @@ of their names.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Protocol
 
 from .. import config, control, files, host, paths, server
-from ..chunkstore import open_store
+from ..chunkstore import open_mirrored, open_store
 from ..errors import HorcruxError, UsageError
 from ..names import is_name
 from ..repository.commits import Commit
@@ -39,6 +39,7 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._offline: Repository | None = None
         self._online: Repository | None = None
+        self._primary: Repository | None = None
 
     def __enter__(self) -> Session:
         host.load(self.name)
@@ -89,10 +90,12 @@ class Session:
 
     @property
     def remote(self) -> Repository:
-        """The volume's repository, of which nothing is asked until it is needed."""
+        """The volume's repository, of which nothing is asked until it is needed. Reads fall over to
+        its mirrors.
+        """
         if self._offline is None:
             state = self.state
-            store = open_store(state.repository, limit=self.limit, check=False)
+            store = open_mirrored(state.repository, state.mirrors, limit=self.limit, check=False)
             self._stack.callback(store.close)
             self._offline = Repository(
                 store, state.repository_id, state.chunk_size, self.local.form
@@ -102,32 +105,41 @@ class Session:
     @property
     def repository(self) -> Repository:
         """The volume's repository, which answers, and is the one that the volume was made from.
+        Where it is away its mirrors answer: for reading.
 
         Raises StoreError, UsageError.
         """
         if self._online is None:
-            state = self.state
-            if state.unborn:
-                raise UsageError(
-                    f"image {state.image} is in no repository yet: `horcrux-cli push {self.name}` "
-                    "first"
-                )
-            store = open_store(state.repository, limit=self.limit)
-            self._stack.callback(store.close)
-            self._online = Repository.open(store)
-            other = self._online.form.encrypted != state.encrypted
-            if other or self._online.id != state.repository_id:
-                self._online = None
-                raise UsageError(
-                    f"{state.repository} is another repository now than volume {self.name} was "
-                    "made from: put the right one there"
-                )
+            self._online = self._open(self.state.mirrors)
         return self._online
 
-    def make_repository(self) -> Repository:
-        """`repository`; for an image that is in none yet it is made if it is not there."""
+    @property
+    def primary(self) -> Repository:
+        """As `repository`, without mirrors: for whoever writes, or has to know what it has."""
+        if self._primary is None:
+            self._primary = self._open(())
+        return self._primary
+
+    def _open(self, mirrors: Sequence[str]) -> Repository:
         state = self.state
-        if self._online is None and state.unborn:
+        if state.unborn:
+            raise UsageError(
+                f"image {state.image} is in no repository yet: `horcrux-cli push {self.name}` first"
+            )
+        store = open_mirrored(state.repository, mirrors, limit=self.limit)
+        self._stack.callback(store.close)
+        found = Repository.open(store)
+        if found.form.encrypted != state.encrypted or found.id != state.repository_id:
+            raise UsageError(
+                f"{state.repository} is another repository now than volume {self.name} was "
+                "made from: put the right one there"
+            )
+        return found
+
+    def make_repository(self) -> Repository:
+        """`primary`; for an image that is in none yet it is made if it is not there."""
+        state = self.state
+        if self._primary is None and state.unborn:
             store = open_store(state.repository, limit=self.limit, create=True)
             self._stack.callback(store.close)
             made = Repository.create(store, state.chunk_size)
@@ -139,8 +151,8 @@ class Session:
                     "made with, if with any: push it elsewhere with --to, or make the volume anew "
                     "with that repository named"
                 )
-            self._online = made
-        return self.repository
+            self._primary = self._online = made
+        return self.primary
 
     def commit(self, oid: bytes) -> Commit:
         """A commit: the volume's own, from the cache, or from the store, and then kept."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from horcrux_nbd import config
+from horcrux_nbd import config, paths
 from horcrux_nbd.chunkstore import open_store
 from horcrux_nbd.errors import UsageError
 from horcrux_nbd.names import Version
@@ -209,3 +209,25 @@ def test_mirrors_in_the_file(value: str, tmp_path: Path) -> None:
     text = f'[remotes.team]\nurl = "cp:///a"\nmirrors = {value}\n'
     with pytest.raises(UsageError, match=r"remotes\.team"):
         config.parse(text, tmp_path / "config.toml")
+
+
+def test_versions_are_read_from_a_mirror_while_the_first_is_away(
+    repository: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "copy"
+    run("remote", "add", "team", repository, there)
+    run("create", "v", "team", "AMCC")
+    run("clone", "-q", repository, there)
+    known = run("log", "v", "--json").json
+    shutil.rmtree(paths.cache())
+    repository.rename(tmp_path / "away")
+    for words in (("log", "v"), ("log", "team"), ("log", "AMCC")):
+        assert [one["id"] for one in run(*words, "--json").json] == [one["id"] for one in known]
+    assert run("fetch", "v", "--json").json["behind"] == []
+    for ref in (known[-1]["id"], "main"):
+        run("checkout", "v", ref)
+    # What writes does not.
+    line = fails(1, "tag", "v", "v9")
+    assert "no folder" in line
+    (tmp_path / "away").rename(repository)
+    run("tag", "v", "v9")
