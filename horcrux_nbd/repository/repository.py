@@ -306,7 +306,15 @@ class Repository:
         head = self.refs.head(image, name)
         if head is not None and head.commit is not None:
             return head.commit
-        tag = self.refs.tag(image, name)
+        try:
+            tag = self.refs.tag(image, name)
+        except StoreError:
+            # A mirror has no such tag, and the store that may have it is away. A commit is the same
+            # in both.
+            found = self._by_id(image, name) if looks_like_id(name) else None
+            if found is None:
+                raise
+            return found
         if tag is not None:
             return tag.commit
         return self._by_id(image, name) if looks_like_id(name) else None

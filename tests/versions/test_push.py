@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from horcrux_nbd import host, versions
-from horcrux_nbd.chunkstore import open_store
+from horcrux_nbd.chunkstore import open_mirrored, open_store
 from horcrux_nbd.chunkstore.base import ChunkStore
 from horcrux_nbd.chunkstore.wrapper import WrapperStore
 from horcrux_nbd.errors import HorcruxError, NotFound, StoreError, StoreRefused, UsageError
@@ -23,6 +23,7 @@ from horcrux_nbd.repository.repository import Repository
 from horcrux_nbd.repository.verify import verify
 from horcrux_nbd.units import KiB
 from horcrux_nbd.versions import session as sessions
+from tests.servers.moto_s3 import S3Server
 from tests.versions.support import (
     AUTHOR,
     BLOCK,
@@ -31,7 +32,7 @@ from tests.versions.support import (
     small_repository,
     version_content,
 )
-from tests.volume.support import IMAGE, noise
+from tests.volume.support import IMAGE, make_image, noise
 
 CHUNK = 64 * KiB
 PUSH = f"versions.push('v', author={AUTHOR!r})"
@@ -235,8 +236,29 @@ def test_a_branch_that_was_deleted(disk: Disk) -> None:
     assert version_content(disk.url, "rescued") == disk.model
 
 
+STORES = ["cp", "scp", "s3", pytest.param("ceph", marks=pytest.mark.long)]
+
+
+@pytest.fixture
+def url_of(store_kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """A small repository in each kind of store that really runs."""
+    if store_kind == "cp":
+        there = f"cp://{tmp_path / 'repo'}"
+    elif store_kind == "scp":
+        there = request.getfixturevalue("ssh").url(tmp_path / "repo")
+    else:
+        server: S3Server = request.getfixturevalue("s3" if store_kind == "s3" else "ceph_server")
+        if store_kind == "ceph":
+            server.enter(request.getfixturevalue("monkeypatch"))
+        there = server.url(server.make_bucket(), "repo")
+    return make_image(there, noise(8 * CHUNK, "all"), chunk_size=CHUNK)
+
+
 @pytest.mark.slow
-def test_of_twenty_pushes_at_once_each_number_has_one_winner(url: str) -> None:
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store_kind", STORES)
+def test_of_twenty_pushes_at_once_each_number_has_one_winner(url_of: str) -> None:
+    url = url_of
     disks = [Disk(f"v{number}", url) for number in range(20)]
     for number, disk in enumerate(disks):
         disk.write((number * BLOCK, noise(BLOCK, number)))
@@ -260,7 +282,7 @@ def test_of_twenty_pushes_at_once_each_number_has_one_winner(url: str) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(100)
+        thread.join(200)
     assert not failed
     assert (len(won), len(lost)) == (1, 19)
     record = head(url)
@@ -394,11 +416,11 @@ def test_a_store_that_vanishes_in_mid_push(disk: Disk, monkeypatch: pytest.Monke
     own = disk.own()
     needed = {object_key(oid) for oid in own} - objects(disk.url)
 
-    def opened(url: str, **options: object) -> ChunkStore:
-        return Vanishing(open_store(url, **options))  # type: ignore[arg-type]
+    def opened(url: str, mirrors: Sequence[str], **options: object) -> ChunkStore:
+        return Vanishing(open_mirrored(url, mirrors, **options))  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(sessions, "open_store", opened)
+        patch.setattr(sessions, "open_mirrored", opened)
         with pytest.raises(StoreError, match="no connection"):
             disk.push()
     assert disk.own() == own

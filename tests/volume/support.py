@@ -63,17 +63,19 @@ def noise(length: int, seed: object = 0) -> bytes:
 
 
 def make_image(
-    folder: Path,
+    place: Path | str,
     data: bytes | dict[int, bytes],
     *,
     size: int | None = None,
     image: str = IMAGE,
     chunk_size: int = CHUNK,
 ) -> str:
-    """A repository in `folder` with an image of `data`; its URL. Called again: a new version."""
+    """A repository in a folder, or at a URL, with an image of `data`; its URL. Called again: a new
+    version.
+    """
     pieces = {0: data} if isinstance(data, bytes) else data
     size = size if size is not None else max(at + len(piece) for at, piece in pieces.items())
-    url = f"cp://{folder}"
+    url = place if isinstance(place, str) else f"cp://{place}"
     with open_store(url, create=True) as store, BytesSource(size, pieces) as source:
         generate(source, store, image, chunk_size=chunk_size, author="test", message="a version")
     return url
