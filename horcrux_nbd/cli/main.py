@@ -72,6 +72,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "This host": {
         "cache": "cache",
+        "pin": "pin",
         "doctor": "doctor",
         "key": "key",
         "native": "native",

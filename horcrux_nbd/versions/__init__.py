@@ -20,6 +20,7 @@ from .move import (
     stash_pop,
     stashes,
 )
+from .pin import Pinned, pin, pinned_bytes
 from .position import Position, position
 from .push import Diverged, Pushed, push
 from .remote import Fetched, fetch, pull
@@ -33,6 +34,7 @@ __all__ = [
     "HasChanges",
     "Moved",
     "NothingToCommit",
+    "Pinned",
     "Position",
     "Pushed",
     "ServerGone",
@@ -44,6 +46,8 @@ __all__ = [
     "expire",
     "fetch",
     "make_branch",
+    "pin",
+    "pinned_bytes",
     "position",
     "pull",
     "push",

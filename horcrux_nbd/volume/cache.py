@@ -35,6 +35,7 @@ from ..native import handles, library
 from ..repository.commits import MAX_CHUNK
 from ..repository.patch import max_patch_size
 from ..units import GiB, MiB
+from . import pins
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +233,13 @@ class Cache:
         """Whether the chunk `oid` is here, as far as its name says; nothing is verified."""
         return oid in self._open or os.path.exists(self._path(CHUNKS, oid))
 
+    def size_of(self, oid: bytes) -> int:
+        """Bytes on disk of the chunk `oid`; 0 if it is not here."""
+        try:
+            return os.stat(self._path(CHUNKS, oid)).st_size
+        except OSError:
+            return 0
+
     def _check(self, path: str, oid: bytes) -> tuple[int, bytes] | None:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -355,7 +363,8 @@ class Cache:
     def trim(self, limit: int, keep: float = 1.0) -> int:
         """If there is more than `limit`, evict what was not used longest down to `limit * keep`.
 
-        Bytes removed. Chunks go before nodes and commits, which are small and needed first.
+        Bytes removed. Chunks go before nodes and commits, which are small and needed first; what
+        is pinned stays.
         """
         with self._usage(wait=True) as fd:
             assert fd is not None
@@ -366,9 +375,12 @@ class Cache:
             total = before = sum(entry.size for entry in found)
             if total > limit:
                 goal = int(limit * keep)
+                pinned = pins.load(self.folder)
                 for entry in found:
                     if total <= goal:
                         break
+                    if any(bytes.fromhex(entry.id) in pin for pin in pinned):
+                        continue
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(entry.path)
                     total -= entry.size
