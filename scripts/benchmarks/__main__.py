@@ -21,6 +21,8 @@ ALL = {  # in the order they run; what QUICK has by default with --quick
     "lazy": "lazy",
     "cold": "cold",
     "pages": "page_updates",
+    "freeze": "freeze",
+    "refresh": "refresh",
     "history": "history_size",
 }
 QUICK = ("open", "warm", "generate", "lazy", "pages")
@@ -46,6 +48,8 @@ def main(benchmarks: tuple[str, ...], quick: bool, write: bool, scratch: Path | 
         scratch = Path(tempfile.mkdtemp(prefix="horcrux-bench-", dir=folder))
     scratch.mkdir(exist_ok=True)
     scratch.chmod(0o755)  # PostgreSQL runs as a user of its own
+    # As pip leaves an installation: compiled.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["HORCRUX_ROOT"] = str(scratch / "root")
     os.environ["HORCRUX_RUN"] = str(scratch / "run")
     if quick:
