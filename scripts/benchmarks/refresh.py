@@ -63,7 +63,7 @@ def main(scratch: Path) -> Table:
     ]
     table.notes.append(
         f"`horcrux-cli generate --onto`; pgbench scale {SCALE}; in the last column the largest "
-        "file grew by 100 pages, the folder of the tables was renamed, and a file came and one went."
+        "file grew by 100 pages, the folder of the tables was renamed, one file came, one went."
     )
     shutil.rmtree(data)
     return table
