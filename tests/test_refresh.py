@@ -109,3 +109,22 @@ def test_refreshes_go_on_from_one_another(directory: Path, tmp_path: Path) -> No
                 file.write(chance.randbytes(8 * KiB))
         make(directory, url, onto=True)
     assert same(directory, content(url, "DB", tmp_path / "last"))
+
+
+def test_what_moved_is_not_new(directory: Path, tmp_path: Path) -> None:
+    """Renamed folders and files, some of them changed too."""
+    url = f"cp://{tmp_path}/repo"
+    make(directory, url)
+    (directory / "base").rename(directory / "moved")
+    (directory / "moved/3").rename(directory / "elsewhere")
+    chance = random.Random(2)
+    changed = 0
+    for table in directory.glob("*/*/table"):
+        with table.open("r+b") as file:
+            for page in chance.sample(range(2048), 20):
+                file.seek(page * 8 * KiB)
+                file.write(chance.randbytes(8 * KiB))
+                changed += 8 * KiB
+    second = make(directory, url, onto=True)
+    assert second.written.bytes < 2 * changed, (second.written, changed)
+    assert same(directory, content(url, "DB@main", tmp_path / "second"))

@@ -25,7 +25,7 @@ from ..units import MiB
 from . import ext4_inode, ext4_xattr
 from .ext4_directory import FILE_TYPES, directory_blocks
 from .ext4_inode import FAST_LINK, MAX_FILE_BLOCKS, MAX_LINKS, Extent
-from .layout import Layout
+from .layout import Layout, Place, follow_moves
 from .libext2fs import BLOCK, LOST_AND_FOUND, Ext4
 from .space import Space
 from .tree import Entry, Tree, show
@@ -91,10 +91,13 @@ class _Filler:
         previous: Layout | None,
     ) -> None:
         self._fs, self._fd, self._tree = filesystem, fd, tree
-        self._previous = previous.places if previous else {}
         self._remove_lost_and_found()
         self._space = Space(filesystem.free_ranges())
         self._nodes = [_Node(entry) for entry in tree.walk() if entry.same_as is None]
+        self._previous: dict[bytes, Place] = {}
+        if previous is not None:
+            paths = [node.entry.path() for node in self._nodes]
+            self._previous = follow_moves(previous.places, paths)
         self._numbers: dict[Entry, int] = {}
         self._claims: dict[Entry, list[Extent]] = {}
         self._tree_claims: dict[Entry, list[int]] = {}

@@ -22,6 +22,12 @@ from .support import LIMIT, PROGRAM, fails, make_directory, run
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
+def one_of(group: click.Group, name: str) -> click.Command:
+    found = group.get_command(click.Context(group), name)
+    assert found is not None
+    return found
+
+
 def commands() -> list[list[str]]:
     """The words of every command, groups' own included."""
     found: list[list[str]] = []
@@ -30,8 +36,8 @@ def commands() -> list[list[str]]:
         if words:
             found.append(words)
         if isinstance(command, click.Group):
-            for name, inner in command.commands.items():
-                walk(inner, [*words, name])
+            for name in command.list_commands(click.Context(command)):
+                walk(one_of(command, name), [*words, name])
 
     walk(cli.cli, [])
     return found
@@ -43,7 +49,7 @@ def test_every_command_teaches(words: list[str]) -> None:
     command: click.Command = cli.cli
     for word in words:
         assert isinstance(command, click.Group)
-        command = command.commands[word]
+        command = one_of(command, word)
     purpose = (command.help or "").split("\n\n")[0]
     assert purpose.strip().endswith("."), f"{words} says not what it is for"
     assert len(purpose.splitlines()) <= 2
@@ -176,3 +182,8 @@ def test_a_signal_ends_it_cleanly(tmp_path: Path, number: int, code: int, said: 
     assert "Traceback" not in err
     assert list(temporary.iterdir()) == []
     assert "X" not in run("ls", "--json", tmp_path / "r", ok=False).out
+
+
+def test_a_near_command_is_suggested() -> None:
+    assert fails(2, "comit", "v").startswith("no such command 'comit': did you mean commit?")
+    assert fails(2, "xyzzy").startswith("no such command 'xyzzy' ")

@@ -14,7 +14,7 @@ from horcrux_nbd.source import Source, open_source
 from horcrux_nbd.source.directory import Ext4Source
 from horcrux_nbd.source.ext4_make import Geometry
 from horcrux_nbd.source.ext4_read import Ext4Image
-from horcrux_nbd.source.layout import Layout, Place
+from horcrux_nbd.source.layout import Layout, Place, follow_moves
 from horcrux_nbd.units import MiB
 
 from .conftest import needs_root
@@ -222,3 +222,18 @@ def test_any_layout_gives_a_sound_image(tmp_path: Path, places: list[Place]) -> 
                 data = source.read(block * 4096, count * 4096)
                 content[logical * 4096 : logical * 4096 + len(data)] = data
             assert content[: inodes[os.fsencode(name)].size] == (root / name).read_bytes()
+
+
+def test_a_place_follows_what_moved() -> None:
+    def places(*paths: bytes) -> dict[bytes, Place]:
+        return {path: Place(number, ()) for number, path in enumerate(paths)}
+
+    before = places(
+        b".", b"base", b"base/1", b"base/1/12", b"base/2", b"base/2/12", b"old", b"gone"
+    )
+    after = [b".", b"b", b"b/1", b"b/1/12", b"b/2", b"b/2/12", b"x/old", b"fresh"]
+    moved = {path: place.inode for path, place in follow_moves(before, after).items()}
+    assert moved == {b".": 0, b"b/1": 2, b"b/1/12": 3, b"b/2": 4, b"b/2/12": 5, b"x/old": 6}
+    # What could be either is neither.
+    assert follow_moves(places(b"a/f", b"b/f"), [b"c/f"]) == {}
+    assert follow_moves({}, [b"a"]) == {}
