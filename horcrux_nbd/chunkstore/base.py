@@ -150,6 +150,13 @@ class ChunkStore(Closing, ABC):
         (files left by something else, unfinished uploads) do not show.
         """
 
+    def sweep(self) -> int:
+        """Remove files that killed writers left a day ago or more, which no `list` shows; how many.
+
+        Only stores that publish by a temporary name have any.
+        """
+        return 0
+
     def close(self) -> None:
         """Give up connections. The store is not used after."""
 

@@ -193,6 +193,14 @@ class LocalStore(ChunkStore):
                 raise self._error(error, f"cannot delete {key}") from error
             self.check()
 
+    def sweep(self) -> int:
+        count = self._pending.sweep()
+        for path in walk.stale(self._scan):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._root}/{path}")
+                count += 1
+        return count
+
     def _scan(self, folders: list[str]) -> Iterator[list[walk.Entry]]:
         return map(self._entries, folders)
 

@@ -28,13 +28,13 @@ from .. import files
 from ..errors import StoreError
 from ..units import MiB
 from .base import Stat
+from .walk import STALE
 
 FOLDER = ".tmp-puts"  # below the root, so that a sweep is one look; its name is no key
 OF_FILES = 4  # a batch takes a quarter of the files that the process may open,
 MAX_FILES = 2048  # and no more than this
 MAX_BYTES = 256 * MiB
 SYNCS = 64  # at once: the kernel makes one commit of them (8 at once took five times as many)
-STALE = 24 * 3600.0  # seconds; no batch stays open so long
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ failed for want of it.
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import secrets
 import struct
@@ -361,6 +362,15 @@ class SftpStore(ChunkStore):
                     raise self._error(status, f"cannot delete {key}") from None
                 return
             session.drop(root)
+
+    def sweep(self) -> int:
+        count = 0
+        for path in list(walk.stale(self._scan)):
+            with self._pool.session() as session, contextlib.suppress(Status):
+                target = _encode(f"{self._root}/{path}")
+                session.done(session.request(sftp_wire.REMOVE, text(target)))
+                count += 1
+        return count
 
     def _is_folder(self, session: Session, path: bytes) -> bool:
         try:

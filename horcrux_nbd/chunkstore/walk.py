@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ..files import TEMPORARY_PREFIX
 from .base import MAX_KEY, Stat, is_part
+
+STALE = 24 * 3600.0  # seconds; no write lasts so long, and clocks differ by less
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,19 @@ def walk(scan: Scan, prefix: str, after: str, limit: int | None) -> Iterator[Sta
             count += 1
             if count == limit:
                 return
+
+
+def stale(scan: Scan, folder: str = "") -> Iterator[str]:
+    """Paths of the temporary files below `folder` that are older than STALE."""
+    for entries in scan([folder]):
+        for entry in list(entries):
+            path = f"{folder}{entry.name}"
+            if entry.is_folder and is_part(entry.name):
+                yield from stale(scan, f"{path}/")
+            elif entry.name.startswith(TEMPORARY_PREFIX):
+                found = entry.look()
+                if found is not None and time.time() - found[1] > STALE:
+                    yield path
 
 
 def merge(newer: Iterable[Stat], older: Iterable[Stat], limit: int | None) -> Iterator[Stat]:

@@ -69,5 +69,8 @@ class WrapperStore(ChunkStore):
     def list(self, prefix: str = "", after: str = "", limit: int | None = None) -> Iterator[Stat]:
         return self.store.list(prefix, after, limit)
 
+    def sweep(self) -> int:
+        return self._do("sweep", self.store.sweep)
+
     def close(self) -> None:
         self.store.close()

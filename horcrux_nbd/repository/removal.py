@@ -203,6 +203,7 @@ class Collector:
             done.removed_objects += objects
             done.removed_bytes += size
             done.announced = None
+        self.store.sweep()
         return done
 
     def _announce(self, plan: Plan, grace: bool) -> Announced:
