@@ -364,13 +364,11 @@ class SftpStore(ChunkStore):
             session.drop(root)
 
     def sweep(self) -> int:
-        count = 0
-        for path in list(walk.stale(self._scan)):
+        found = [text(_encode(f"{self._root}/{path}")) for path in walk.stale(self._scan)]
+        for path in found:
             with self._pool.session() as session, contextlib.suppress(Status):
-                target = _encode(f"{self._root}/{path}")
-                session.done(session.request(sftp_wire.REMOVE, text(target)))
-                count += 1
-        return count
+                session.done(session.request(sftp_wire.REMOVE, path))
+        return len(found)
 
     def _is_folder(self, session: Session, path: bytes) -> bool:
         try:
