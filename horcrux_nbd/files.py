@@ -221,3 +221,15 @@ def opened(path: str | Path, flags: int, mode: int = 0o600) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may; how many that are."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(1 << 16, hard if hard != resource.RLIM_INFINITY else 1 << 16)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return soft

@@ -142,7 +142,7 @@ class Cache:
             stat = os.statvfs(folder)
             limit = min(MAX_DEFAULT, stat.f_blocks * stat.f_frsize // DEFAULT_PART)
         self.limit = limit
-        self.max_open = max(16, _raise_file_limit() // 4)
+        self.max_open = max(16, files.raise_file_limit() // 4)
         self._open: OrderedDict[bytes, CachedFile] = OrderedDict()
         self._lock = threading.Lock()
         self._unaccounted = 0
@@ -498,15 +498,3 @@ def _touch(fd: int) -> None:
 def _boot_id() -> bytes:
     text = Path("/proc/sys/kernel/random/boot_id").read_text()
     return bytes.fromhex(text.strip().replace("-", ""))
-
-
-def _raise_file_limit() -> int:
-    """Let this process open as many files as it may; how many that are."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(1 << 16, hard if hard != resource.RLIM_INFINITY else 1 << 16)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return soft
