@@ -253,8 +253,9 @@ write_fresh (struct hx_volume *volume, struct hx_layer *top, const char *buf, si
   hx_stripes_lock (volume, wanted);
   if (write_data (top, buf, count, offset)) {
     pthread_mutex_lock (&top->lock);
-    /* Noted before it is marked, so that the mark survives this process. */
-    done = !atomic_load (&top->closed)
+    /* Noted before it is marked, so that the mark survives this process. Where nothing can be
+       noted, the other part flushes each mark. */
+    done = !atomic_load (&top->closed) && top->recent_fd >= 0
            && hx_note (top, first, (stop - first) << 2 | HX_DATA) == 1
            && map_mark_data (top->map, first, stop) == 0;
     pthread_mutex_unlock (&top->lock);

@@ -206,10 +206,15 @@ class Layer:
             if self._failed:
                 raise SyncFailed(self.folder, self._failed)
             with self._lock:
-                if self._recent.note(first, count, state):
+                noted = self._recent.note(first, count, state)
+                if noted:
                     self.blocks.mark(first, count, state)
-                    return
+                    if self._recent.active:
+                        return
+            # To make room for it; or because there is none to note it, so it is made durable.
             self.flush()
+            if noted:
+                return
 
     def zero(self, first: int, count: int) -> None:
         """Let `count` blocks from `first` read as zeros, and give back the room they took.

@@ -278,6 +278,8 @@ class PackedStore(ChunkStore):
         return merge(packed, loose, limit)
 
     def close(self) -> None:
+        with self._lock:
+            self._packs = {}
         self._loose.close()
 
     # ---- what is more than a store

@@ -131,7 +131,10 @@ class Recent:
             self.switch()  # both halves are of this process
         except (OSError, NoSpace) as error:
             log.warning(
-                "%s: %s: if this server dies, what was not flushed is lost", self.path, error
+                "%s: %s: until the next start each first write of a block is flushed, which is "
+                "slow",
+                self.path,
+                error,
             )
             self.remove()
 
@@ -147,6 +150,11 @@ class Recent:
         self._half = HALF - self._half
         self._begin = self._half + FIRST_ENTRY
         self._pen.place(self._fd, self._begin, self._half + HALF, self._generation)
+
+    @property
+    def active(self) -> bool:
+        """Whether what is noted is kept; there may have been no room for the file."""
+        return self._fd >= 0
 
     @property
     def noted(self) -> bool:

@@ -128,6 +128,26 @@ def test_an_open_that_fails_keeps_what_the_dead_process_had_acknowledged(
     layer.close()
 
 
+def test_without_room_for_notes_the_death_of_the_process_loses_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by tests/faults/test_full.py."""
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        layer = new_layer(tmp_path)
+    put(layer, 3, noise(BLOCK_SIZE, "acknowledged"))
+    layer.zero(9, 2)
+    die(layer)
+    layer = reopened(tmp_path)
+    assert get(layer, 3) == noise(BLOCK_SIZE, "acknowledged")
+    assert layer.blocks.state(9) == ZERO
+    layer.close()
+
+
 def test_when_there_is_no_room_for_marks_a_flush_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
