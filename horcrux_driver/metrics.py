@@ -39,6 +39,7 @@ BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 
 _COUNTERS = {  # of a server's figures: name of the metric, help
     "fetched_bytes": ("horcrux_fetched_bytes", "Bytes of content that came from the repository"),
+    "received_bytes": ("horcrux_received_bytes", "The same as stored: compressed, over the line"),
     "fetched_chunks": ("horcrux_fetched_chunks", "Chunks and patches from the repository"),
     "fetch_errors": ("horcrux_fetch_errors", "Fetches that failed in the end"),
     "cache_hits": ("horcrux_cache_hits", "Pieces of reads that the cache of this host had"),
