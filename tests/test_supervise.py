@@ -21,8 +21,9 @@ from horcrux_nbd.attach.processes import Process, with_argument
 
 from .attach.conftest import WAYS, needs_fuse, needs_nbd
 from .cli.support import make_directory, run
+from .servers.process import PATIENCE
 
-LIMIT = 60.0  # seconds; a Python starts in 3 s in the VM
+LIMIT = 60.0 * PATIENCE  # seconds
 
 
 def wait_for(done: Callable[[], object], what: str) -> None:

@@ -24,6 +24,7 @@ ALL = {  # in the order they run; what QUICK has by default with --quick
     "freeze": "freeze",
     "refresh": "refresh",
     "history": "history_size",
+    "docker": "docker_volumes",
 }
 QUICK = ("open", "warm", "generate", "lazy", "pages")
 # What the benchmarks read when they are imported: size of the database, rounds, seconds of a job.

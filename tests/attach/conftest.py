@@ -15,8 +15,9 @@ from horcrux_nbd.attach import device as attaching
 from horcrux_nbd.attach.base import Attachment
 from horcrux_nbd.attach.mountinfo import mounts
 from horcrux_nbd.attach.sockets import listener
+from tests.servers.process import PATIENCE
 
-LIMIT = 30.0  # seconds for anything that a test waits for
+LIMIT = 30.0 * PATIENCE  # seconds for anything that a test waits for
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run as root (sudo)")
 needs_fuse = pytest.mark.skipif(

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.servers.process import PATIENCE
+
 PROGRAM = Path(sys.executable).with_name("horcrux-cli")
-LIMIT = 60.0  # seconds for one command
+LIMIT = 60.0 * PATIENCE  # seconds for one command
 
 
 @dataclass(frozen=True)

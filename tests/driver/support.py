@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.servers.process import end_with_parent
+from tests.servers.process import PATIENCE, end_with_parent
 
 PROGRAM = Path(sys.executable).with_name("horcrux-dv")
 # Where the tests' hosts are: short, since a socket's path has 107 bytes and an anonymous volume's
 # name 64; and a mount that dockerd's own mount namespace follows (conftest.py).
 FOLDER = Path(tempfile.gettempdir()) / f"dv{secrets.token_hex(3)}"
 PLUGINS = FOLDER / "plugins"  # dockerd sees it as /run/docker/plugins
-LIMIT = 60.0  # seconds for anything that a test waits for
+LIMIT = 60.0 * PATIENCE  # seconds for anything that a test waits for
 # One for the whole run: a dockerd never forgets a driver, and its `volume ls` waits 15 s for each
 # that is gone.
 NAME = f"horcrux-{secrets.token_hex(4)}"

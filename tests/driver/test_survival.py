@@ -22,6 +22,7 @@ from tests.cli.support import run
 from tests.servers import postgres
 from tests.servers.dockerd import Dockerd
 from tests.servers.postgres import Database, acknowledged
+from tests.servers.process import PATIENCE
 
 from .support import DriverProcess, wait_for
 
@@ -143,13 +144,13 @@ def rounds(docker: Dockerd, dv: DriverProcess, number: int) -> None:
     assert len(open_now) <= len(open_before) + 1, (open_before, open_now)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 * PATIENCE)
 def test_rounds_leave_nothing(docker: Dockerd, dv: DriverProcess) -> None:
     rounds(docker, dv, ROUNDS)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(7200 * PATIENCE)
 def test_many_rounds_leave_nothing(docker: Dockerd, dv: DriverProcess) -> None:
     rounds(docker, dv, LONG_ROUNDS)
 
@@ -174,7 +175,7 @@ def database(tmp_path_factory: pytest.TempPathFactory, database_repository: Path
     return Database(database_repository.parent)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 * PATIENCE)
 @needs_nbd
 def test_nbd_a_database_whose_nbdkit_is_killed(
     docker: Dockerd, dv: DriverProcess, database: Database, database_repository: Path
@@ -213,7 +214,7 @@ def test_nbd_a_database_whose_nbdkit_is_killed(
     host.remove("pg", force=True)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 def test_a_database(
     docker: Dockerd, dv: DriverProcess, database: Database, database_repository: Path
 ) -> None:

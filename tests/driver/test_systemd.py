@@ -16,13 +16,14 @@ import pytest
 from horcrux_nbd import host, server
 from horcrux_nbd.attach.processes import Process
 from tests.cli.support import make_directory, run
+from tests.servers.process import PATIENCE
 
 from .support import PROGRAM, wait_for
 
 UNITS = Path(__file__).parents[2] / "packaging/systemd"
 NAMES = ("horcrux-dv.service", "horcrux-dv.socket")
 SYSTEM = Path("/etc/systemd/system")
-LIMIT = 180.0  # seconds; under emulation
+LIMIT = 60.0 * PATIENCE  # seconds
 
 in_vm = pytest.mark.skipif(
     not os.environ.get("HORCRUX_IN_VM") or not os.path.exists("/run/systemd/system"),

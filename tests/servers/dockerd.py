@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .process import end_with_parent
+from .process import PATIENCE, end_with_parent
 
 MISSING = "needs root, dockerd and busybox: apt-get install docker.io busybox-static"
-LIMIT = 60.0  # seconds for one docker command, and for dockerd to start
+LIMIT = 60.0 * PATIENCE  # seconds for one docker command, and for dockerd to start
 IMAGE = "bb"
 APPLETS = ("sh", "cat", "ls", "touch", "top", "sleep", "true", "sync", "stat", "id", "dd", "mkdir")
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .dockerd import Dockerd
+from .process import PATIENCE
 
 MISSING = "needs PostgreSQL: apt-get install postgresql"
 IMAGE = "host"  # shows /usr and /etc of this machine
-LIMIT = 120.0  # seconds for one query, or for the server to answer
+LIMIT = 120.0 * PATIENCE  # seconds for one query, or for the server to answer
 
 
 def programs() -> Path | None:
@@ -100,6 +101,10 @@ class Database:
             yield
             docker("stop", "-t", "60", name, limit=LIMIT)
             assert docker("inspect", "-f", "{{.State.ExitCode}}", name) == "0"
+        except BaseException as error:
+            said = docker.run("logs", name)
+            error.add_note(f"the container: {said.stdout[-2000:]}{said.stderr[-2000:]}")
+            raise
         finally:
             docker.run("rm", "-f", name)
 

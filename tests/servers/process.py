@@ -12,6 +12,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+# Limits on waiting are this much larger where an emulator runs the tests (scripts/vm).
+PATIENCE = 5 if os.environ.get("HORCRUX_IN_VM") else 1
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
