@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.driver.support import DriverProcess
+from tests.driver.support import FOLDER, PLUGINS, DriverProcess, shared_folder
 from tests.servers import dockerd as daemons
 from tests.servers.postgres import Database
 
@@ -27,15 +27,15 @@ QUERY = "SELECT abalance FROM pgbench_accounts WHERE aid = 4711"
 
 
 @contextlib.contextmanager
-def _host(scratch: Path, name: str) -> Iterator[None]:
+def _host(name: str) -> Iterator[None]:
     """State and sockets of their own, gone at the end."""
     for what in ("ROOT", "RUN"):
-        os.environ[f"HORCRUX_{what}"] = str(scratch / name / what.lower())
-    os.environ["HORCRUX_CONFIG"] = str(scratch / name / "config.toml")
+        os.environ[f"HORCRUX_{what}"] = str(FOLDER / name / what.lower())
+    os.environ["HORCRUX_CONFIG"] = str(FOLDER / name / "config.toml")
     try:
         yield
     finally:
-        shutil.rmtree(scratch / name, ignore_errors=True)
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def calls(scratch: Path) -> Table:
     cli("generate", "-q", "--size", "64M", "SMALL", source, repository)
     options = {"name": "SMALL", "access": str(repository), "on-remove": "delete"}
     took: dict[str, list[float]] = {call: [] for call in CALLS}
-    with _host(scratch, "c"), _driver(scratch, "unix:///nonexistent") as driver:
+    with _host("c"), _driver(scratch, "unix:///nonexistent") as driver:
         driver.ask("Plugin.Activate")
         for call in CALLS:
             for number in range(VOLUMES):
@@ -104,9 +104,12 @@ def first_query(scratch: Path) -> Table:
     options = ("-o", "on-remove=delete", "-o", "name=PG", "-o", f"access={repository}")
     # Short: containerd's sockets lie deep below it, and have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="hd", dir="/tmp") as folder:
-        with daemons.dockerd(Path(folder)) as docker, _driver(scratch, docker.host) as driver:
+        with (
+            daemons.dockerd(Path(folder), PLUGINS) as docker,
+            _driver(scratch, docker.host) as driver,
+        ):
             for number in range(ROUNDS + 1):
-                with _host(scratch, f"q{number}"), _restarted(driver):
+                with _host(f"q{number}"), _restarted(driver):
                     began = time.monotonic()
                     docker("volume", "create", "-d", driver.name, *options, "pg")
                     created = time.monotonic()
@@ -138,5 +141,6 @@ def _restarted(driver: DriverProcess) -> Iterator[None]:
 
 
 def main(scratch: Path) -> Table:
-    print(first_query(scratch).markdown(), flush=True)
-    return calls(scratch)
+    with shared_folder():
+        print(first_query(scratch).markdown(), flush=True)
+        return calls(scratch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from tests.attach.conftest import needs_fuse
 from tests.cli.support import run
 from tests.servers.dockerd import MISSING, Dockerd, available, dockerd
 
-from .support import FOLDER, PLUGINS, DriverProcess, Recorder
+from .support import FOLDER, PLUGINS, DriverProcess, Recorder, shared_folder
 from .support import driver as running_driver
 
 pytestmark = needs_fuse
@@ -27,15 +26,8 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def folder() -> Iterator[None]:
-    """FOLDER, a shared mount: what is mounted in it appears in dockerd's mount namespace."""
-    PLUGINS.mkdir(parents=True)
-    if os.geteuid() == 0:
-        subprocess.run(["mount", "--bind", FOLDER, FOLDER], check=True)
-        subprocess.run(["mount", "--make-shared", FOLDER], check=True)
-    yield
-    if os.geteuid() == 0:
-        subprocess.run(["umount", FOLDER], check=True)  # it fails if something is left in it
-    shutil.rmtree(FOLDER)
+    with shared_folder():
+        yield
 
 
 @pytest.fixture(autouse=True)

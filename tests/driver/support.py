@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import socketserver
@@ -31,6 +32,19 @@ LIMIT = 60.0 * PATIENCE  # seconds for anything that a test waits for
 # One for the whole run: a dockerd never forgets a driver, and its `volume ls` waits 15 s for each
 # that is gone.
 NAME = f"horcrux-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[None]:
+    """FOLDER, a shared mount: what is mounted in it appears in dockerd's mount namespace."""
+    PLUGINS.mkdir(parents=True)
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "--bind", FOLDER, FOLDER], check=True)
+        subprocess.run(["mount", "--make-shared", FOLDER], check=True)
+    yield
+    if os.geteuid() == 0:
+        subprocess.run(["umount", FOLDER], check=True)  # it fails if something is left in it
+    shutil.rmtree(FOLDER)
 
 
 def wait_for(done: Callable[[], object], what: str, limit: float = LIMIT) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from tests.servers.dockerd import Dockerd, dockerd
 
+from .support import PLUGINS
+
 PROJECT = Path(__file__).parents[2]
 CONFIG = PROJECT / "packaging/plugin/config.json"
 
@@ -61,7 +63,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_real_docker_runs_it(built: Path, images: Path, tmp_path: Path) -> None:
     folder = tmp_path.parent / "pd"
     folder.mkdir()
-    with dockerd(folder) as docker:
+    with dockerd(folder, PLUGINS) as docker:
         docker("plugin", "create", "horcrux", built, limit=300)
         (tmp_path / "state").mkdir()
         shutil.copytree(images, tmp_path / "state/repository")
