@@ -274,6 +274,11 @@ class Server:
         native = self._volume.native.sums() if self._volume.native is not None else {}
         figures = self._volume.base.figures.to_json()
         figures["cache_hits"] += native.pop("native_cache_hits", 0)
+        if self._volume.native is not None:
+            counts, seconds = self._volume.native.flushes()
+            flushes = figures["flush_seconds"]
+            flushes["counts"] = [a + b for a, b in zip(flushes["counts"], counts, strict=True)]
+            flushes["sum"] = round(flushes["sum"] + seconds, 6)
         return {
             "pid": os.getpid(),
             "seconds": round(time.monotonic() - self._began, 1),

@@ -8,6 +8,7 @@
  *   gate       shared by writers, held alone by a commit (Overlay.paused)
  *   stack      shared by every request that is served here, held alone to replace the stack
  *   stripes    of groups of blocks; taken in ascending order
+ *   flushing   one flush at a time, native or Python's; it waits for the disk
  *   layer      marks: `recent`, states, dirty groups; Python's Layer._lock
  *   zeros, set leaves; nothing is taken inside them
  * A thread that holds one of them never waits for Python's interpreter lock, except Python's own.
@@ -69,7 +70,9 @@ int map_run (struct hx_map *map, uint64_t block, uint64_t limit, uint64_t *stop)
 /* Give whole blocks the state DATA, in memory. 0, or HX_NO_MEMORY with nothing changed. */
 int map_mark_data (struct hx_map *map, uint64_t first, uint64_t stop);
 
-/* ---- layer.c: one layer of the overlay */
+/* ---- layer.c, flush.c: one layer of the overlay */
+
+#define HX_MOST_WRITTEN 16 /* core.py has the same number */
 
 struct hx_layer {
   struct hx_map *map;
@@ -77,13 +80,25 @@ struct hx_layer {
   uint64_t segment_size, segments;
   _Atomic int *fds;        /* of the data files, -1 where there is none */
   _Atomic uint8_t *dirty;  /* data files that were written to since they were taken */
+  pthread_mutex_t writing; /* of `written` alone */
+  struct hx_range { uint64_t first, stop; } written[HX_MOST_WRITTEN];
+  unsigned written_count;
+  _Atomic int written_many; /* more than fit were written since they were taken */
   _Atomic int closed;      /* nothing may be written natively: a sync failed, or it is frozen */
+  pthread_mutex_t flushing;
+  _Atomic uint64_t asked;
+  uint64_t done;           /* of the flushes that were asked for */
+  _Atomic int whole;       /* the next flush is of everything: left to Python */
+  _Atomic int failed;      /* the errno of a sync here that failed */
+  _Atomic uint64_t journal[4];
+  uint64_t seed;           /* of its checksums */
+  struct record *record;   /* memory for one */
   int recent_fd;           /* -1: nothing is noted */
   uint64_t recent_at, recent_end;
   uint32_t generation;
 };
 
-HX_API struct hx_layer *hx_layer_new (uint64_t size, uint64_t segment_size);
+HX_API struct hx_layer *hx_layer_new (uint64_t size, uint64_t segment_size, uint64_t seed);
 HX_API void hx_layer_free (struct hx_layer *layer);
 HX_API struct hx_map *hx_layer_map (struct hx_layer *layer);
 HX_API void hx_layer_lock (struct hx_layer *layer);
@@ -91,6 +106,9 @@ HX_API void hx_layer_unlock (struct hx_layer *layer);
 HX_API int hx_layer_set_file (struct hx_layer *layer, uint64_t segment, int fd);
 HX_API void hx_layer_set_closed (struct hx_layer *layer, int closed);
 HX_API int hx_layer_touch (struct hx_layer *layer, uint64_t segment);
+/* Blocks of data files were written to; what was since they were taken, -1 if they are many. */
+HX_API void hx_layer_wrote (struct hx_layer *layer, uint64_t first, uint64_t stop);
+HX_API int hx_layer_take_written (struct hx_layer *layer, uint64_t *firsts, uint64_t *stops);
 HX_API uint64_t hx_layer_take (struct hx_layer *layer, uint64_t *segments, uint64_t room);
 /* Marks are noted in `fd` from `at` on, to `end` at most. Under the layer's lock, as hx_note is. */
 HX_API void hx_recent_set (struct hx_layer *layer, int fd, uint64_t at, uint64_t end,
@@ -98,6 +116,17 @@ HX_API void hx_recent_set (struct hx_layer *layer, int fd, uint64_t at, uint64_t
 HX_API uint64_t hx_recent_at (struct hx_layer *layer);
 /* 1, 0 if there is no room, -errno. */
 HX_API int hx_note (struct hx_layer *layer, uint64_t first, uint64_t what);
+
+/* The state of the journal (journal.py), under `flushing`. */
+enum { HX_JOURNAL_FD = 0, HX_JOURNAL_AT = 1, HX_JOURNAL_NUMBER = 2, HX_JOURNAL_EPOCH = 3 };
+#define HX_JOURNAL_SIZE (2u << 20) /* journal.py has the same number */
+HX_API uint64_t hx_journal_get (struct hx_layer *layer, unsigned what);
+HX_API void hx_journal_set (struct hx_layer *layer, unsigned what, uint64_t value);
+HX_API void hx_layer_set_whole (struct hx_layer *layer, int whole);
+HX_API int hx_layer_failed (struct hx_layer *layer);
+HX_API void hx_flush_lock (struct hx_layer *layer);
+HX_API void hx_flush_unlock (struct hx_layer *layer);
+bool layer_flush (struct hx_layer *layer);
 
 /* ---- table.c: chunks of the base that are open and verified */
 
@@ -144,6 +173,13 @@ HX_API void hx_stripes_unlock (struct hx_volume *volume, uint64_t which);
 HX_API size_t hx_read (struct hx_volume *volume, void *buf, size_t count, uint64_t offset);
 /* 1 if it is written, 0 if that is left to Python. */
 HX_API int hx_write (struct hx_volume *volume, const void *buf, size_t count, uint64_t offset);
+/* fdatasync; tests have a disk of their own. */
+extern HX_API int (*hx_sync) (int fd);
+/* 1 if all that was acknowledged before is durable, 0 if that is left to Python. */
+HX_API int hx_flush (struct hx_volume *volume);
+/* How many native flushes took how long, as figures.py counts them; the sum in nanoseconds. */
+#define BOUNDS 15
+HX_API uint64_t hx_volume_flushes (struct hx_volume *volume, uint64_t counts[BOUNDS + 1]);
 /* Reads, bytes read, writes, bytes written here; pieces of reads that the cache had. */
 #define SUMS 5
 HX_API void hx_volume_sums (struct hx_volume *volume, uint64_t sums[SUMS]);

@@ -50,14 +50,21 @@ filter_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count, uint64
 }
 
 static int
+filter_flush (nbdkit_next *next, void *handle, uint32_t flags, int *err)
+{
+  struct hx_volume *volume = atomic_load (&served);
+  (void) handle;
+  return volume && hx_flush (volume) ? 0 : next->flush (next, flags, err);
+}
+
+static int
 filter_pwrite (nbdkit_next *next, void *handle, const void *buf, uint32_t count, uint64_t offset,
                uint32_t flags, int *err)
 {
   struct hx_volume *volume = atomic_load (&served);
-  (void) handle;
   if (!volume || !hx_write (volume, buf, count, offset))
     return next->pwrite (next, buf, count, offset, flags, err);
-  return flags & NBDKIT_FLAG_FUA ? next->flush (next, 0, err) : 0;
+  return flags & NBDKIT_FLAG_FUA ? filter_flush (next, handle, 0, err) : 0;
 }
 
 static struct nbdkit_filter filter = {
@@ -67,6 +74,7 @@ static struct nbdkit_filter filter = {
   .load = filter_load,
   .pread = filter_pread,
   .pwrite = filter_pwrite,
+  .flush = filter_flush,
 };
 
 NBDKIT_REGISTER_FILTER (filter)

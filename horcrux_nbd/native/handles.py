@@ -16,6 +16,7 @@ from .library import Library
 GROUP = 128
 _NEVER = (1 << 64) - 1
 _NO_MEMORY = -2
+_WRITTEN = 16  # core.h, HX_MOST_WRITTEN
 # core.h, hx_volume_sums
 _SUMS = (
     "native_reads", "native_read_bytes", "native_writes", "native_written_bytes",
@@ -148,6 +149,25 @@ class Pen:
         return bool(result)
 
 
+class JournalState:
+    """journal.State: where the next record goes."""
+
+    def __init__(self, library: Library, layer: Layer) -> None:
+        self._quick, self._layer = library.quick, layer
+
+    def _get(self, what: int) -> int:
+        value = int(self._quick.journal_get(self._layer.pointer, what))
+        return value if value != _NEVER else -1
+
+    def _set(self, what: int, value: int) -> None:
+        self._quick.journal_set(self._layer.pointer, what, value & _NEVER)
+
+    fd = property(lambda self: self._get(0), lambda self, value: self._set(0, value))
+    at = property(lambda self: self._get(1), lambda self, value: self._set(1, value))
+    number = property(lambda self: self._get(2), lambda self, value: self._set(2, value))
+    epoch = property(lambda self: self._get(3), lambda self, value: self._set(3, value))
+
+
 class Lock:
     """A lock that the native part takes as well."""
 
@@ -164,14 +184,15 @@ class Lock:
 class Layer:
     """core.Core of one layer."""
 
-    def __init__(self, library: Library, size: int, segment_size: int) -> None:
+    def __init__(self, library: Library, size: int, segment_size: int, seed: int) -> None:
         self._quick, self._slow = library.quick, library.slow
         self.pointer = 0
-        self.pointer = self._quick.layer_new(size, segment_size) or 0
+        self.pointer = self._quick.layer_new(size, segment_size, seed) or 0
         if not self.pointer:
             raise MemoryError
         # A cycle would keep the memory, and what it refers to, until a collection.
         self.lock = Lock(self._slow.layer_lock, self._quick.layer_unlock, self.pointer)
+        self.flushing = Lock(self._slow.flush_lock, self._quick.flush_unlock, self.pointer)
         self._segments = size // segment_size + 1
         self._beyond: set[int] = set()  # dirty ones that the native part has no place for
 
@@ -181,10 +202,24 @@ class Layer:
     def set_writable(self, writable: bool) -> None:
         self._quick.layer_set_closed(self.pointer, not writable)
 
+    def set_whole(self, whole: bool) -> None:
+        self._quick.layer_set_whole(self.pointer, whole)
+
+    def failure(self) -> int:
+        return int(self._quick.layer_failed(self.pointer))
+
     def touch(self, segment: int) -> None:
         if self._quick.layer_touch(self.pointer, segment) < 0:
             with self.lock:
                 self._beyond.add(segment)
+
+    def wrote(self, first: int, stop: int) -> None:
+        self._quick.layer_wrote(self.pointer, first, stop)
+
+    def take_written(self) -> list[tuple[int, int]] | None:
+        firsts, stops = (ctypes.c_uint64 * _WRITTEN)(), (ctypes.c_uint64 * _WRITTEN)()
+        count = self._quick.layer_take_written(self.pointer, firsts, stops)
+        return None if count < 0 else list(zip(firsts[:count], stops[:count], strict=True))
 
     def take_touched(self) -> list[int]:
         room = min(self._segments, 65536)
@@ -301,7 +336,17 @@ class Volume:
         self._quick.volume_sums(self.pointer, sums)
         return dict(zip(_SUMS, sums, strict=True))
 
+    def flushes(self) -> tuple[list[int], float]:
+        """How many native flushes took how long (figures.BOUNDS), and seconds in all."""
+        counts = (ctypes.c_uint64 * 16)()
+        total = self._quick.volume_flushes(self.pointer, counts)
+        return list(counts), total / 1e9
+
     # For tests, which have no nbdkit.
+
+    def flush(self) -> bool:
+        """Flush natively; False if that is left to Python."""
+        return bool(self._slow.flush(self.pointer))
 
     def read(self, offset: int, view: memoryview) -> int:
         """Fill `view` from its start with what is here; how many bytes that are."""

@@ -9,12 +9,14 @@
 #define MAX_SEGMENTS 65536 /* 64 PiB of image; what lies beyond is left to Python */
 
 struct hx_layer *
-hx_layer_new (uint64_t size, uint64_t segment_size)
+hx_layer_new (uint64_t size, uint64_t segment_size, uint64_t seed)
 {
   struct hx_layer *layer = calloc (1, sizeof *layer);
   if (!layer)
     return NULL;
   layer->segment_size = segment_size;
+  layer->seed = seed;
+  layer->journal[HX_JOURNAL_FD] = (uint64_t) -1;
   layer->segments = size / segment_size + 1;
   if (layer->segments > MAX_SEGMENTS)
     layer->segments = MAX_SEGMENTS;
@@ -29,6 +31,8 @@ hx_layer_new (uint64_t size, uint64_t segment_size)
     atomic_init (&layer->fds[i], -1);
   atomic_init (&layer->closed, 1);
   pthread_mutex_init (&layer->lock, NULL);
+  pthread_mutex_init (&layer->writing, NULL);
+  pthread_mutex_init (&layer->flushing, NULL);
   layer->recent_fd = -1;
   return layer;
 }
@@ -41,6 +45,7 @@ hx_layer_free (struct hx_layer *layer)
   hx_map_free (layer->map);
   free (layer->fds);
   free (layer->dirty);
+  free (layer->record);
   free (layer);
 }
 
@@ -85,6 +90,36 @@ hx_layer_touch (struct hx_layer *layer, uint64_t segment)
   if (!atomic_load (&layer->dirty[segment]))
     atomic_store (&layer->dirty[segment], 1);
   return 0;
+}
+
+void
+hx_layer_wrote (struct hx_layer *layer, uint64_t first, uint64_t stop)
+{
+  if (atomic_load (&layer->written_many))
+    return; /* or it is being taken now, and whoever does that syncs the files next */
+  pthread_mutex_lock (&layer->writing);
+  if (layer->written_count == HX_MOST_WRITTEN || stop - first > HX_MOST_WRITTEN)
+    atomic_store (&layer->written_many, 1);
+  else
+    layer->written[layer->written_count++] = (struct hx_range) { first, stop };
+  pthread_mutex_unlock (&layer->writing);
+}
+
+int
+hx_layer_take_written (struct hx_layer *layer, uint64_t *firsts, uint64_t *stops)
+{
+  int count;
+  pthread_mutex_lock (&layer->writing);
+  count = (int) layer->written_count;
+  for (int i = 0; i < count; i++) {
+    firsts[i] = layer->written[i].first;
+    stops[i] = layer->written[i].stop;
+  }
+  if (atomic_exchange (&layer->written_many, 0))
+    count = -1;
+  layer->written_count = 0;
+  pthread_mutex_unlock (&layer->writing);
+  return count;
 }
 
 uint64_t

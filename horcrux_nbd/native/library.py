@@ -6,9 +6,9 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,15 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "zeros_has": (c_int, [c_void_p, c_uint64]),
     "zeros_change": (c_uint64, [c_void_p, c_uint64]),
     "zeros_list": (None, [c_void_p, POINTER(c_uint64), POINTER(c_uint64)]),
-    "layer_new": (c_void_p, [c_uint64, c_uint64]),
+    "layer_new": (c_void_p, [c_uint64, c_uint64, c_uint64]),
+    "layer_set_whole": (None, [c_void_p, c_int]),
+    "layer_failed": (c_int, [c_void_p]),
+    "journal_get": (c_uint64, [c_void_p, c_uint]),
+    "journal_set": (None, [c_void_p, c_uint, c_uint64]),
+    "flush_lock": (None, [c_void_p]),
+    "flush_unlock": (None, [c_void_p]),
+    "flush": (c_int, [c_void_p]),
+    "volume_flushes": (c_uint64, [c_void_p, POINTER(c_uint64)]),
     "layer_free": (None, [c_void_p]),
     "layer_map": (c_void_p, [c_void_p]),
     "layer_lock": (None, [c_void_p]),
@@ -46,6 +54,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "layer_set_file": (c_int, [c_void_p, c_uint64, c_int]),
     "layer_set_closed": (None, [c_void_p, c_int]),
     "layer_touch": (c_int, [c_void_p, c_uint64]),
+    "layer_wrote": (None, [c_void_p, c_uint64, c_uint64]),
+    "layer_take_written": (c_int, [c_void_p, POINTER(c_uint64), POINTER(c_uint64)]),
     "layer_take": (c_uint64, [c_void_p, POINTER(c_uint64), c_uint64]),
     "recent_set": (None, [c_void_p, c_int, c_uint64, c_uint64, c_uint32]),
     "recent_at": (c_uint64, [c_void_p]),
@@ -86,6 +96,9 @@ class Calls:
         raise AttributeError(name)
 
 
+SYNC = ctypes.CFUNCTYPE(c_int, c_int)
+
+
 class Library:
     """The shared object at `path`, opened. The same file is the same instance in a process."""
 
@@ -99,7 +112,24 @@ class Library:
         if self.quick.abi() != ABI:
             raise OSError(f"{path} belongs to another release: build it again")
 
+    def sync_with(self, sync: Callable[[int], None]) -> None:
+        """For tests: sync a descriptor by `sync`, which raises OSError; kept for good."""
 
+        def call(fd: int) -> int:
+            try:
+                sync(fd)
+            except OSError as error:
+                ctypes.set_errno(error.errno or 5)
+                return -1
+            return 0
+
+        function = SYNC(call)
+        _syncs.append(function)
+        place = ctypes.c_void_p.in_dll(ctypes.CDLL(str(self.path)), "hx_sync")
+        place.value = ctypes.cast(function, ctypes.c_void_p).value
+
+
+_syncs: list[object] = []  # C has their addresses
 _forced: list[Library | None] = []
 
 

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 struct hx_volume {
@@ -13,7 +14,7 @@ struct hx_volume {
   size_t count;
   struct hx_table *base;
   bool read_only;
-  _Atomic uint64_t sums[SUMS];
+  _Atomic uint64_t sums[SUMS], flushes[BOUNDS + 1], flush_time;
 };
 
 struct hx_volume *
@@ -216,6 +217,8 @@ hx_read (struct hx_volume *volume, void *buf, size_t count, uint64_t offset)
 static bool
 write_data (struct hx_layer *layer, const char *buf, size_t count, uint64_t offset)
 {
+  uint64_t first = offset >> BLOCK_BITS;
+  uint64_t stop = (offset + count + BLOCK_SIZE - 1) >> BLOCK_BITS;
   while (count) {
     size_t piece = count;
     uint64_t at;
@@ -228,6 +231,7 @@ write_data (struct hx_layer *layer, const char *buf, size_t count, uint64_t offs
     count -= piece;
     offset += piece;
   }
+  hx_layer_wrote (layer, first, stop);
   return true;
 }
 
@@ -258,6 +262,8 @@ write_fresh (struct hx_volume *volume, struct hx_layer *top, const char *buf, si
     done = !atomic_load (&top->closed) && top->recent_fd >= 0
            && hx_note (top, first, (stop - first) << 2 | HX_DATA) == 1
            && map_mark_data (top->map, first, stop) == 0;
+    if (done) /* with the mark, so that no flush takes one without the other */
+      hx_layer_wrote (top, first, stop);
     pthread_mutex_unlock (&top->lock);
   }
   hx_stripes_unlock (volume, wanted);
@@ -286,4 +292,43 @@ hx_write (struct hx_volume *volume, const void *buf, size_t count, uint64_t offs
   if (done)
     add (volume, 2, count);
   return done;
+}
+
+static const double bounds[BOUNDS] /* figures.py has the same */
+  = { 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0 };
+
+static uint64_t
+now (void)
+{
+  struct timespec time;
+  clock_gettime (CLOCK_MONOTONIC, &time);
+  return (uint64_t) time.tv_sec * 1000000000u + (uint64_t) time.tv_nsec;
+}
+
+int
+hx_flush (struct hx_volume *volume)
+{
+  bool done = false;
+  uint64_t began = now (), took;
+  pthread_rwlock_rdlock (&volume->stack);
+  if (!volume->read_only) /* the layers below were flushed when they were frozen */
+    done = layer_flush (volume->layers[0]);
+  pthread_rwlock_unlock (&volume->stack);
+  if (!done)
+    return 0;
+  unsigned within = 0;
+  took = now () - began;
+  while (within < BOUNDS && (double) took > bounds[within] * 1e9)
+    within++;
+  atomic_fetch_add_explicit (&volume->flushes[within], 1, memory_order_relaxed);
+  atomic_fetch_add_explicit (&volume->flush_time, took, memory_order_relaxed);
+  return 1;
+}
+
+uint64_t
+hx_volume_flushes (struct hx_volume *volume, uint64_t counts[BOUNDS + 1])
+{
+  for (unsigned i = 0; i <= BOUNDS; i++)
+    counts[i] = atomic_load (&volume->flushes[i]);
+  return atomic_load (&volume->flush_time);
 }

@@ -4,6 +4,7 @@
 <layer>/data-000000   sparse; block b of the image is at b * 4096, 1 TiB of the image a file
 <layer>/map           maplog.py
 <layer>/recent        recent.py, while a process writes the layer
+<layer>/journal       journal.py, while a process writes the layer and syncs it often
 ```
 
 Data is written in place and synced before the map that makes it visible (DESIGN §4). One file for
@@ -26,6 +27,7 @@ from ..errors import Damaged, HorcruxError, NoSpace
 from ..units import TiB
 from . import core
 from .blockmap import DATA, ZERO
+from .journal import MOST, Journal
 from .maplog import Changes, MapLog
 from .recent import Recent
 
@@ -70,15 +72,21 @@ class Layer:
     notes the data file as dirty before it returns. `flush` takes the marks first, then the dirty
     files, syncs those and logs the marks. So no mark reaches the disk before its data.
     **Invariant:** flushes go one after another, so what an earlier one took is synced by then.
+    **Invariant:** what was written since the last flush is in `core`'s list of written blocks, or
+    that has overflown; a block gets into it together with its mark, and both are taken together. So
+    a small flush knows all that it has to make durable.
     **Invariant:** a mark is in `recent` before it is in the map, so it survives this process.
     """
 
     def __init__(self, folder: Path, layer_id: bytes, size: int) -> None:
         self.folder, self.id, self.size = folder, layer_id, size
         self._log = MapLog(folder / "map", layer_id, size)
-        self.core = core.make(size, SEGMENT)
+        self.core = core.make(size, SEGMENT, layer_id)
         self.blocks = self.core.blocks
         self._recent = Recent(folder / "recent", self.core.pen)
+        self._journal = Journal(folder / "journal", layer_id, self.core.journal)
+        self._replayed: dict[int, bytes] = {}  # blocks of a layer that is read only
+        self._whole = False  # the next flush syncs data files and map
         self._files: dict[int, _File] = {}
         self._lock = self.core.lock  # marks
         self._opening = threading.Lock()  # of data files
@@ -117,12 +125,15 @@ class Layer:
                     self._keep(int(match.group(1)), _File(self.folder / name, flags))
             for mark in self._recent.load():
                 self.blocks.mark(*mark)
+            self._replay(self._journal.load(read_only))
             if not read_only:
                 # A process that died may have written without a sync; nobody else remembers.
                 for segment in self._files:
                     self.core.touch(segment)
-                if self.blocks.is_dirty:
-                    self.flush()
+                if self.blocks.is_dirty or self._journal.in_use:
+                    self.settle()
+                elif self._files:
+                    self._set_whole(True)  # the first flush, of what no list has
                 self._recent.start()
                 self.core.set_writable(True)
         except BaseException:
@@ -130,6 +141,19 @@ class Layer:
             raise
         self._opened = True
         return self
+
+    def _replay(self, blocks: dict[int, bytes]) -> None:
+        """Take blocks that were flushed into the journal before the power was cut."""
+        for block, content in blocks.items():
+            if block << BLOCK_BITS >= self.size:
+                raise Damaged(f"{self.folder}/journal has a block behind the end of the image")
+            if not self.read_only:
+                self.write(block << BLOCK_BITS, content)
+            self.blocks.mark(block, 1, DATA)
+        if self.read_only and blocks:
+            self._replayed = blocks
+            for segment in self._files:
+                self.core.set_file(segment, -1)  # the native part would not look at them
 
     # ---- data
 
@@ -144,6 +168,24 @@ class Layer:
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` from the data files; every block in it must be DATA. Raises Damaged."""
+        if self._replayed:
+            self._read_replayed(offset, view)
+            return
+        self._read_files(offset, view)
+
+    def _read_replayed(self, offset: int, view: memoryview) -> None:
+        at = offset
+        while at < offset + len(view):
+            end = min(offset + len(view), ((at >> BLOCK_BITS) + 1) << BLOCK_BITS)
+            part, first = view[at - offset : end - offset], at & (BLOCK_SIZE - 1)
+            content = self._replayed.get(at >> BLOCK_BITS)
+            if content is None:
+                self._read_files(at, part)
+            else:
+                part[:] = content[first : first + len(part)]
+            at = end
+
+    def _read_files(self, offset: int, view: memoryview) -> None:
         segment, at = divmod(offset, SEGMENT)
         file = self._files.get(segment)
         in_one_file = at + len(view) <= SEGMENT
@@ -188,9 +230,10 @@ class Layer:
         try:
             if at + len(view) <= SEGMENT:
                 self._write_piece(segment, at, view)
-                return
-            for segment, at, start, stop in self._pieces(offset, len(view)):
-                self._write_piece(segment, at, view[start:stop])
+            else:
+                for segment, at, start, stop in self._pieces(offset, len(view)):
+                    self._write_piece(segment, at, view[start:stop])
+            self.core.wrote(offset >> BLOCK_BITS, -(-(offset + len(view)) >> BLOCK_BITS))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"no space left in {self.folder} for what is written") from error
@@ -209,9 +252,14 @@ class Layer:
                 noted = self._recent.note(first, count, state)
                 if noted:
                     self.blocks.mark(first, count, state)
+                    if state == ZERO:
+                        self._set_whole(True)
+                    else:
+                        self.core.wrote(first, first + count)
                     if self._recent.active:
                         return
             # To make room for it; or because there is none to note it, so it is made durable.
+            self._set_whole(True)  # by a flush of everything: a small one makes no room there
             self.flush()
             if noted:
                 return
@@ -253,7 +301,8 @@ class Layer:
             self._flushing = True
             target = self._asked
         try:
-            self._flush()
+            with self.core.flushing:
+                self._flush()
         except BaseException:
             target = 0  # who waited tries for itself, and gets an error of its own
             raise
@@ -263,13 +312,57 @@ class Layer:
                 self._done = max(self._done, target)
                 self._group_commit.notify_all()
 
+    def settle(self) -> None:
+        """`flush`, and nothing is left in the journal: for a layer that is frozen, or closed."""
+        self._set_whole(True)
+        self.flush()
+        while self._journal.in_use:  # somebody else's flush was under way
+            self._set_whole(True)
+            self.flush()
+
+    def _set_whole(self, whole: bool) -> None:
+        self._whole = whole
+        self.core.set_whole(whole)
+
+    def _flush_small(self) -> bool:
+        """Make a few blocks durable in the journal, if that is all that there is to do."""
+        if self._whole or self._given_back or not self._recent.active:
+            return False
+        if not self._journal.in_use and not self.blocks.is_dirty:
+            return False  # only data files to sync, or nothing
+        ranges = self.core.take_written()
+        if ranges is None:
+            self._journal.wanted(MOST + 1)
+            return False
+        numbers = sorted({block for first, stop in ranges for block in range(first, stop)})
+        if not numbers:
+            return self._journal.in_use
+        if not self._journal.wanted(len(numbers)) or not self._journal.make():
+            return False
+        if not self._journal.has_room(len(numbers)):
+            return False
+        contents = b"".join(self._content(block) for block in numbers)
+        self._journal.append(numbers, contents)
+        return True
+
+    def _content(self, block: int) -> bytes:
+        """What the data file has of a block; zeros behind its end."""
+        segment, at = divmod(block << BLOCK_BITS, SEGMENT)
+        return files.read_exactly(self._files[segment].fd, BLOCK_SIZE, at)
+
     def _flush(self) -> None:
+        if code := self.core.failure():  # of a native flush
+            self._failed = self._failed or OSError(code, os.strerror(code))
+            self._journal.distrust()
         if self._failed:
             raise SyncFailed(self.folder, self._failed)
         changes: Changes = [], []
         everything = None
         try:
+            if self._flush_small():
+                return
             with self._lock:
+                self._set_whole(False)
                 # What an earlier flush gave back is in the half that would be used now.
                 if self._recent.noted and not self._given_back:
                     self._recent.switch()
@@ -277,20 +370,25 @@ class Layer:
                 changed = bool(changes[0] or changes[1])
                 if changed and self._log.wants_compaction(self.blocks.entries):
                     everything = self.blocks.everything()
+                # With the marks: each that is left for the next flush has its blocks left as well.
+                self.core.take_written()
             # After the marks: each mark taken has its segment among those that are taken here.
             for segment in self.core.take_touched():
                 os.fdatasync(self._files[segment].fd)
             if changed:
                 self._log_changes(changes, everything)
+            self._journal.clear()
             self._given_back = False
         except NoSpace:
             with self._lock:
                 self._given_back = True
+                self._set_whole(True)
                 self.blocks.give_back(changes[0], [number for number, _ in changes[1]])
             raise
         except BaseException as error:
             # Whatever it was, what has been taken is not durable and no later flush knows of it.
             self.core.set_writable(False)
+            self._journal.distrust()
             self._failed = error.with_traceback(None)  # a traceback holds on to nbdkit's buffers
             raise SyncFailed(self.folder, error) from error
 
@@ -319,7 +417,10 @@ class Layer:
         if self._opened and all_durable and not self.read_only:
             with contextlib.suppress(OSError):  # what is in it is durable: it may be done again
                 self._recent.remove()
+                if not self._journal.in_use:
+                    self._journal.remove()
         self._recent.close()
+        self._journal.close()
 
     def close(self) -> None:
         """Give up the files; `flush` first. Nobody may call the layer any more.

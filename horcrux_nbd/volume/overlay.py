@@ -266,6 +266,12 @@ class Overlay:
             if not layer.read_only:
                 layer.flush()
 
+    def settle(self) -> None:
+        """`flush`, and the layers need nothing but their data files and maps."""
+        for layer in self._stack.layers:
+            if not layer.read_only:
+                layer.settle()
+
     # ---- layers
 
     @contextmanager

@@ -52,6 +52,12 @@ def boot_id() -> bytes:
     return bytes.fromhex(text.strip().replace("-", ""))
 
 
+def place(folder: Path) -> tuple[bytes, int, int]:
+    """(boot id, device, inode): what says another is of before a restart, or of a copy."""
+    status = os.stat(folder)
+    return boot_id(), status.st_dev, status.st_ino
+
+
 class PenProtocol(Protocol):
     """Writes entries one behind the other. Here in Python (`Pen`) or native (native/handles.py)."""
 
@@ -117,8 +123,7 @@ class Recent:
         return [mark for _, marks in sorted(halves, key=lambda half: half[0]) for mark in marks]
 
     def _place(self) -> tuple[bytes, int, int]:
-        status = os.stat(self.path.parent)
-        return boot_id(), status.st_dev, status.st_ino
+        return place(self.path.parent)
 
     def start(self) -> None:
         """Begin anew: what `load` gave is durable now. Does without where there is no room."""

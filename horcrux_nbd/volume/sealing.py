@@ -79,7 +79,7 @@ def freeze(volume: Volume, pending: Pending) -> VolumeState:
         try:
             overlay.flush()  # most of it, before anybody has to wait
             with overlay.paused():
-                overlay.flush()
+                overlay.settle()
                 new = replace(state, layers=(name, *state.layers), pending=pending)
                 _save(volume, state, new)
                 overlay.push(fresh)

@@ -277,7 +277,8 @@ class Volume:
             if self.native is not None:
                 self.native.serve(False)
                 self.native.set([], None, read_only=True)
-            self.flush()
+            if self.overlay is not None and not self.read_only:
+                self.overlay.settle()
 
 
 def _native(overlay: Overlay | None, base: Base) -> handles.Volume | None:

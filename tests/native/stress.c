@@ -15,13 +15,14 @@
 #define BLOCKS 4096
 #define CHUNK (64u << 10)
 #define WRITERS 3
+#define FLUSHERS 2
 #define READERS 2
 
 static struct hx_volume *volume;
 static struct hx_layer *layers[64];
 static struct hx_table *table;
 static atomic_bool stop;
-static _Atomic uint64_t wrong, reads, writes, left;
+static _Atomic uint64_t wrong, reads, writes, flushes, left;
 static unsigned turns = 300;
 
 static void
@@ -102,6 +103,27 @@ reader (void *number)
   return NULL;
 }
 
+static void *
+flusher (void *number)
+{
+  (void) number;
+  while (!atomic_load (&stop))
+    atomic_fetch_add (hx_flush (volume) ? &flushes : &left, 1);
+  return NULL;
+}
+
+static void
+journal (struct hx_layer *layer, uint64_t epoch)
+{
+  hx_flush_lock (layer);
+  if (epoch == 1)
+    hx_journal_set (layer, HX_JOURNAL_FD, (uint64_t) temporary (HX_JOURNAL_SIZE, false));
+  hx_journal_set (layer, HX_JOURNAL_AT, BLOCK_SIZE);
+  hx_journal_set (layer, HX_JOURNAL_NUMBER, 0);
+  hx_journal_set (layer, HX_JOURNAL_EPOCH, epoch);
+  hx_flush_unlock (layer);
+}
+
 /* What Python does meanwhile: chunks come and go, marks are taken, ranges zeroed, layers pushed. */
 static void
 disturb (void)
@@ -125,6 +147,8 @@ disturb (void)
     hx_map_take (top->map, numbers, states);
     hx_map_list (top->map, 0, UINT64_MAX, numbers, states, BLOCKS);
     hx_layer_unlock (top);
+    journal (top, turn + 2);
+    hx_layer_set_whole (top, turn % 5 == 0);
     uint64_t segments[4], sums[3];
     hx_layer_take (top, segments, 4);
     hx_map_sum (top->map, sums);
@@ -140,8 +164,9 @@ disturb (void)
     hx_stripes_lock (volume, UINT64_MAX);
     hx_stripes_unlock (volume, UINT64_MAX);
     if (turn % 40 == 39 && count < 8) { /* a commit */
-      struct hx_layer *fresh = hx_layer_new ((uint64_t) 1 << 40, (uint64_t) 1 << 40);
+      struct hx_layer *fresh = hx_layer_new ((uint64_t) 1 << 40, (uint64_t) 1 << 40, 7);
       hx_layer_set_file (fresh, 0, temporary (0, false));
+      journal (fresh, 1);
       hx_recent_set (fresh, temporary (1 << 16, false), 64, 1 << 16, 1);
       hx_gate_close (volume);
       layers[count++] = fresh;
@@ -165,28 +190,34 @@ disturb (void)
 int
 main (int argc, char **argv)
 {
-  pthread_t threads[WRITERS + READERS];
+  pthread_t threads[WRITERS + READERS + FLUSHERS];
   if (argc > 1)
     turns = (unsigned) atoi (argv[1]);
   volume = hx_volume_new ();
   table = hx_table_new (CHUNK, 32);
-  layers[0] = hx_layer_new ((uint64_t) 1 << 40, (uint64_t) 1 << 40);
+  layers[0] = hx_layer_new ((uint64_t) 1 << 40, (uint64_t) 1 << 40, 7);
   hx_layer_set_file (layers[0], 0, temporary (0, false));
+  journal (layers[0], 1);
   hx_recent_set (layers[0], temporary (1 << 16, false), 64, 1 << 16, 1);
   hx_layer_set_closed (layers[0], 0);
   hx_volume_set (volume, layers, 1, table, 0);
-  for (uintptr_t i = 0; i < WRITERS + READERS; i++)
-    if (pthread_create (&threads[i], NULL, i < WRITERS ? writer : reader, (void *) i))
+  for (uintptr_t i = 0; i < WRITERS + READERS + FLUSHERS; i++)
+    if (pthread_create (&threads[i], NULL,
+                        i < WRITERS             ? writer
+                        : i < WRITERS + READERS ? reader
+                                                : flusher,
+                        (void *) i))
       die ("a thread");
   disturb ();
-  for (unsigned i = 0; i < WRITERS + READERS; i++)
+  for (unsigned i = 0; i < WRITERS + READERS + FLUSHERS; i++)
     pthread_join (threads[i], NULL);
-  printf ("%lu reads, %lu writes, %lu left to Python, %lu wrong\n", (unsigned long) reads,
-          (unsigned long) writes, (unsigned long) left, (unsigned long) wrong);
+  printf ("%lu reads, %lu writes, %lu flushes, %lu left to Python, %lu wrong\n", (unsigned long) reads,
+          (unsigned long) writes, (unsigned long) flushes, (unsigned long) left, (unsigned long) wrong);
   hx_volume_set (volume, NULL, 0, NULL, 1);
   for (unsigned i = 0; i < 64 && layers[i]; i++) {
     close (layers[i]->fds[0]);
     close (layers[i]->recent_fd);
+    close ((int) layers[i]->journal[HX_JOURNAL_FD]);
     hx_layer_free (layers[i]);
   }
   hx_table_free (table);

@@ -117,6 +117,12 @@ def read(volume: Volume, offset: int, length: int) -> bytes:
     return bytes(data)
 
 
+def flush(volume: Volume) -> None:
+    """As a request is flushed: natively if it can be, else by Python."""
+    if volume.native is None or not volume.native.flush():
+        volume.flush()
+
+
 def write(volume: Volume, offset: int, data: bytes) -> None:
     """As a request is written: natively if it can be, else by Python."""
     if volume.native is None or not volume.native.write(offset, data):
@@ -131,6 +137,7 @@ def abandon(volume: Volume) -> None:
         for layer in overlay.layers:
             layer._log.close()
             layer._recent.close()
+            layer._journal.close()
             layer._files = {}
     for resource in volume._resources:
         if getattr(resource.close, "__name__", "") == "release":

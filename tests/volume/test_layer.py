@@ -168,6 +168,7 @@ def die(layer: Layer) -> None:
     """Close as the death of the process does: without any last act."""
     layer._log.close()
     layer._recent.close()
+    layer._journal.close()
     layer._files = {}
 
 

@@ -16,13 +16,23 @@ import pytest
 
 from horcrux_nbd.errors import NoSpace
 from horcrux_nbd.native import handles, library
-from horcrux_nbd.volume import recent
+from horcrux_nbd.volume import journal, recent
 from horcrux_nbd.volume.blockmap import DATA
 from horcrux_nbd.volume.layer import Layer, SyncFailed
 from horcrux_nbd.volume.overlay import Overlay
 from horcrux_nbd.volume.volume import Volume
 
-from .support import BLOCK, CHUNK, make_image, make_volume, noise, open_descriptors, read, write
+from .support import (
+    BLOCK,
+    CHUNK,
+    flush,
+    make_image,
+    make_volume,
+    noise,
+    open_descriptors,
+    read,
+    write,
+)
 
 SIZE = 12 * CHUNK
 IMAGE = noise(8 * CHUNK)
@@ -30,7 +40,9 @@ IMAGE = noise(8 * CHUNK)
 
 @pytest.fixture(autouse=True)
 def part(shared_object: Path) -> Iterator[library.Library]:
-    with library.forced(found := library.Library(shared_object)):
+    found = library.Library(shared_object)
+    found.sync_with(lambda fd: os.fdatasync(fd))  # noqa: PLW0108 - it is patched later
+    with library.forced(found):
         yield found
 
 
@@ -159,6 +171,78 @@ def test_after_a_failed_sync_nothing_is_written_natively(
     assert natively(volume, 0, BLOCK) == noise(BLOCK), "reads go on"
     assert volume.overlay is not None
     volume.overlay.layers[0]._failed = None  # for its close
+
+
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    fdatasync = os.fdatasync
+
+    def sync(fd: int) -> None:
+        names.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    return names
+
+
+def test_which_flushes_are_native(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert volume.native is not None
+    write(volume, 0, noise(BLOCK))
+    names = synced(monkeypatch)
+    assert not volume.native.flush(), "a new block has a word for the map"
+    volume.flush()
+    assert put(volume, 0, noise(BLOCK, 1))
+    names.clear()
+    assert volume.native.flush()
+    assert names == ["data-000000"]
+    assert volume.native.flush()
+    assert names == ["data-000000"], "nothing to sync"
+    for number in range(journal.AFTER + 1):  # who flushes often gets a journal
+        write(volume, (10 + number) * BLOCK, noise(BLOCK, number))
+        flush(volume)
+    before = sum(volume.native.flushes()[0])
+    names.clear()
+    for number in range(20, 26):
+        assert put(volume, number * BLOCK, noise(BLOCK, number))
+        assert put(volume, 3, b"and one that was there")
+        assert volume.native.flush()
+    assert names == ["journal"] * 6
+    assert put(volume, 40 * BLOCK, noise(BLOCK * (journal.MOST + 1)))
+    assert not volume.native.flush(), "many"
+    volume.flush()
+    assert names[6:] == ["data-000000", "map", "journal"]
+    volume.zero(0, BLOCK)
+    assert not volume.native.flush(), "zeros"
+    counts, seconds = volume.native.flushes()
+    assert sum(counts) == before + 6
+    assert seconds > 0
+
+
+def test_after_a_native_sync_that_failed_nothing_is_acknowledged(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert volume.native is not None
+    write(volume, 0, noise(BLOCK))
+    volume.flush()
+    assert put(volume, 0, noise(BLOCK, 1))
+
+    def fail(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        assert not volume.native.flush()
+    assert not put(volume, 0, noise(BLOCK))
+    for _ in range(2):
+        assert not volume.native.flush()
+        with pytest.raises(SyncFailed, match="Input/output error"):
+            volume.flush()
+    with pytest.raises(SyncFailed):
+        volume.write(0, memoryview(noise(BLOCK)))
+    layer = volume.overlay.layers[0] if volume.overlay else None
+    assert layer is not None
+    monkeypatch.setattr(layer.core, "failure", lambda: 0)  # for its close
+    layer._failed = None
 
 
 def test_nothing_is_written_natively_while_writers_are_kept_out(volume: Volume) -> None:

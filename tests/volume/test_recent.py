@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horcrux_nbd.volume import core, recent
@@ -115,6 +115,7 @@ def test_an_entry_that_death_cut_off_ends_the_list(tmp_path: Path) -> None:
         assert loaded(tmp_path) == [(n, 1, 1) for n in range(7)]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 1 << 30))
 def test_garbage_is_no_mark(
     tmp_path_factory: pytest.TempPathFactory, tail: bytes, seed: int

@@ -40,6 +40,7 @@ from .support import (
     Watched,
     abandon,
     chunk_ids,
+    flush,
     make_image,
     make_volume,
     noise,
@@ -135,9 +136,21 @@ class BlockDevice(RuleBasedStateMachine):
         offset, length = self._range(offset, length)
         assert read(self.volume, offset, length) == self.content[offset : offset + length]
 
+    @rule(block=st.integers(0, 100), count=st.integers(1, 6), seed=st.integers(0, 1 << 30))
+    def small_flushes(self, block: int, count: int, seed: int) -> None:
+        """As a database does it: a block or a part of one, then a flush, again and again."""
+        chance = random.Random(seed)
+        for turn in range(count):
+            self.write((block + turn * chance.choice([0, 1, 7])) * BLOCK, BLOCK, seed + turn)
+            if chance.random() < 0.3:
+                self.write(block * BLOCK + 700, 1000, seed - turn)
+            self.flush()
+            if chance.random() < 0.2:
+                self.write(block * BLOCK, BLOCK, seed + 100 + turn)
+
     @rule()
     def flush(self) -> None:
-        self.volume.flush()
+        flush(self.volume)
         self._flushed()
 
     def _flushed(self) -> None:
