@@ -249,7 +249,9 @@ def _keep_key(url: str) -> None:
     if master is not None:
         path = keyring.keep(repository_id, master)
         click.echo(
-            f"this host keeps the key until a reboot or `horcrux-cli key lock {url}` ({path})",
+            f"this host keeps the key until a reboot or `horcrux-cli key lock {url}` ({path}); "
+            "without a key nobody can read it: keep a copy elsewhere "
+            f"(`horcrux-cli key export {url} FILE`)",
             err=True,
         )
 

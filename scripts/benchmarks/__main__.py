@@ -25,6 +25,7 @@ ALL = {  # in the order they run; what QUICK has by default with --quick
     "refresh": "refresh",
     "history": "history_size",
     "docker": "docker_volumes",
+    "encryption": "encryption",
 }
 QUICK = ("open", "warm", "generate", "lazy", "pages")
 # What the benchmarks read when they are imported: size of the database, rounds, seconds of a job.
