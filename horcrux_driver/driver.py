@@ -18,7 +18,7 @@ from typing import Any
 
 from horcrux_nbd import blank, config, files, host, identity, paths, supervise
 from horcrux_nbd.contents import holds_changes
-from horcrux_nbd.errors import Busy, HorcruxError, NotFound, UsageError
+from horcrux_nbd.errors import Busy, Damaged, HorcruxError, NotFound, UsageError
 from horcrux_nbd.names import Version
 from horcrux_nbd.repository.commits import now
 
@@ -100,6 +100,7 @@ class Driver:
             wanted.access,
             Version(wanted.image, wanted.ref),
             read_only=wanted.read_only,
+            fill=wanted.fill,
         )
 
     def remove(self, name: str) -> None:
@@ -134,7 +135,7 @@ class Driver:
             )
         except NotFound:
             return  # by somebody else, just now
-        except Busy as error:
+        except host.WouldLose as error:
             if policy == "keep":
                 log.warning("volume %s is kept on this host: %s", record.name, error)
                 return
@@ -211,9 +212,10 @@ class Driver:
 
     def get(self, name: str) -> dict[str, Any]:
         """The volume `name` as Docker shows it. Raises NoSuchVolume."""
-        record = records.load(name)
-        if record is None or not _exists(record.volume):
-            raise NoSuchVolume(name)
+        try:
+            record = self._known(name)
+        except Damaged as error:  # Docker would forget it
+            return {"Name": name, "Status": {"problem": str(error)}}
         return {
             **_entry(record),
             "Status": report.status(record, self.engine, self.remotes),
@@ -223,10 +225,12 @@ class Driver:
         """All volumes of Docker, without their status."""
         found = []
         for name in records.names():
-            with contextlib.suppress(HorcruxError):  # told where it is used
-                record = records.load(name)
-                if record is not None and _exists(record.volume):
-                    found.append(_entry(record))
+            try:
+                found.append(_entry(self._known(name)))
+            except NoSuchVolume:
+                pass
+            except Damaged:
+                found.append({"Name": name})
         return found
 
     def path(self, name: str) -> str:

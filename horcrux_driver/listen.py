@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import ssl
 import stat
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def unix(path: Path) -> socket.socket:
     return found
 
 
-async def site(runner: web.BaseRunner, address: str) -> None:
+async def site(runner: web.BaseRunner, address: str, secured: ssl.SSLContext | None = None) -> None:
     """Serve on `address`: the path of a Unix socket, for root alone, or ADDRESS:PORT.
 
     Raises UsageError, Busy, OSError where it is taken.
@@ -71,6 +72,11 @@ async def site(runner: web.BaseRunner, address: str) -> None:
     if address.startswith("/"):
         await web.SockSite(runner, unix(Path(address))).start()
         return
+    await web.TCPSite(runner, *place(address), ssl_context=secured).start()
+
+
+def place(address: str) -> tuple[str, int]:
+    """Address and port of ADDRESS:PORT. Raises UsageError."""
     name, _, port = address.rpartition(":")
     try:
         ipaddress.ip_address(name.strip("[]"))
@@ -82,4 +88,33 @@ async def site(runner: web.BaseRunner, address: str) -> None:
             f"{address} is no place to listen: give a path (/run/horcrux/metrics.sock), or an "
             "address and a port (127.0.0.1:9748)"
         )
-    await web.TCPSite(runner, name.strip("[]"), number).start()
+    return name.strip("[]"), number
+
+
+def secured(
+    address: str, certificate: Path | None, key: Path | None, authority: Path | None
+) -> ssl.SSLContext | None:
+    """TLS for a driver on TCP, where a client has to show a certificate of `authority`.
+
+    Whoever reaches a driver can do with volumes as root can: without TLS it is for this host alone.
+    Raises UsageError.
+    """
+    given = [file for file in (certificate, key, authority) if file is not None]
+    if not given:
+        if not ipaddress.ip_address(place(address)[0]).is_loopback:
+            raise UsageError(
+                f"--listen {address} lets other machines in: give --tls-cert, --tls-key and "
+                "--tls-ca, or listen on 127.0.0.1"
+            )
+        return None
+    if certificate is None or key is None or authority is None:
+        raise UsageError("--tls-cert, --tls-key and --tls-ca belong together: give all three")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(authority)
+    except OSError as error:  # ssl.SSLError too
+        raise UsageError(f"{', '.join(map(str, given))} cannot be used for TLS: {error}") from None
+    return context

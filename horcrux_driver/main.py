@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import signal
+import ssl
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 import click
 
 from horcrux_nbd import __version__, config, files, paths
-from horcrux_nbd.errors import EnvironmentProblem, HorcruxError
+from horcrux_nbd.errors import EnvironmentProblem, HorcruxError, UsageError
 
 from . import logs
 
@@ -24,6 +25,8 @@ PROGRAM = logs.PROGRAM
 SOCKET = "/run/docker/plugins/horcrux.sock"
 EVERY = 30.0  # seconds between two looks at what is really there
 GRACE = 60.0  # seconds after a mount in which its container may not run yet
+IDLE = 10.0  # seconds; Docker leaves a connection open for each volume that it used
+FILE = click.Path(path_type=Path)
 TAKE_OVER = 15.0  # seconds that the driver before this one has to end
 
 
@@ -35,6 +38,15 @@ TAKE_OVER = 15.0  # seconds that the driver before this one has to end
     type=click.Path(path_type=Path),
     help="Listen there. Its name is the driver's: horcrux.sock is `-d horcrux`.",
 )
+@click.option(
+    "--listen",
+    "address",
+    metavar="ADDRESS:PORT",
+    help="Listen there instead, for a .spec or .json file in /etc/docker/plugins.",
+)
+@click.option("--tls-cert", type=FILE, help="With --listen: the driver's certificate, …")
+@click.option("--tls-key", type=FILE, help="… its key, …")
+@click.option("--tls-ca", type=FILE, help="… and who has to have signed Docker's certificate.")
 @click.option(
     "--docker-host",
     metavar="URL",
@@ -56,7 +68,15 @@ TAKE_OVER = 15.0  # seconds that the driver before this one has to end
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def command(
-    socket: Path, docker_host: str | None, log_level: str, log_json: bool, metrics: str | None
+    socket: Path,
+    address: str | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
+    docker_host: str | None,
+    log_level: str,
+    log_json: bool,
+    metrics: str | None,
 ) -> None:
     """The Docker volume driver of Horcrux: serves until it is told to end.
 
@@ -77,15 +97,31 @@ def command(
     logs.set_up(log_level, as_json=log_json)
     config.load()  # what is wrong with it is told now
     files.make_folder(paths.run(), 0o700)
+    context = _context(address, tls_cert, tls_key, tls_ca)
     lock = files.FileLock(paths.run() / "driver.lock", PROGRAM)
     lock.acquire(TAKE_OVER)
     try:
-        asyncio.run(_serve(socket, docker_host, metrics))
+        asyncio.run(_serve(address or os.path.abspath(socket), context, docker_host, metrics))
     finally:
         lock.release()
 
 
-async def _serve(path: Path, docker_host: str | None, figures_at: str | None) -> None:
+def _context(address: str | None, *tls: Path | None) -> ssl.SSLContext | None:
+    from . import listen
+
+    if address is not None:
+        return listen.secured(address, *tls)
+    if any(tls):
+        raise UsageError("--tls-cert, --tls-key and --tls-ca are for --listen ADDRESS:PORT")
+    return None
+
+
+async def _serve(
+    address: str,
+    context: ssl.SSLContext | None,
+    docker_host: str | None,
+    figures_at: str | None,
+) -> None:
     from aiohttp import web
 
     from . import listen
@@ -107,25 +143,26 @@ async def _serve(path: Path, docker_host: str | None, figures_at: str | None) ->
         protocol.application(),
         handler_cancellation=True,  # a client that hung up
         shutdown_timeout=SHUTDOWN_LIMIT,
+        keepalive_timeout=IDLE,
         access_log=None,
     )
     await runner.setup()
     sockets = listen.inherited()
-    ours = not sockets
-    sockets = sockets or [listen.unix(path)]
     for one in sockets:
         await web.SockSite(runner, one).start()
+    if not sockets:
+        await listen.site(runner, address, context)
     scraped = web.AppRunner(figures.application(), access_log=None)
     if figures_at is not None:
         await scraped.setup()
         await listen.site(scraped, figures_at)
     looking.start()
-    log.info("%s %s listens on %s", PROGRAM, __version__, path)
+    log.info("%s %s listens on %s", PROGRAM, __version__, address)
     await told.wait()
     log.info("ending; volumes stay as they are")
-    if ours:
+    if not sockets and address.startswith("/"):
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            os.unlink(address)
     await scraped.cleanup()
     await runner.cleanup()
     ended.set()

@@ -16,11 +16,11 @@ from horcrux_nbd.config import MIN_CACHE, Config
 from horcrux_nbd.errors import UsageError
 from horcrux_nbd.names import DEFAULT_BRANCH, MAX_NAME, check_name, check_ref
 from horcrux_nbd.units import parse_size
+from horcrux_nbd.volume.options import PREFETCH, FillOptions, parse_record
 
 KNOWN = CONFIGURED["docker"]
 ON_REMOVE = ("refuse", "keep", "delete")
 FILESYSTEMS = ("ext4", "xfs")
-PREFETCH = ("profile", "all", "none")
 MAX_DOCKER_NAME = 200  # it names a file of ours, where `/` takes three bytes
 _FLAGS = {"": True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _MAKES = ("access", "name", "ref", "size")  # what says which volume, the others say how
@@ -38,7 +38,9 @@ class Options:
     read_only: bool = False
     on_remove: str = "refuse"
     cache: int | None = None  # bytes
-    prefetch: str = ""  # empty: the server's default
+    prefetch: str = PREFETCH[0]
+    fill_rate: int = 0  # bytes per second; 0: no limit
+    record: float = 0.0  # seconds; 0: no profile is recorded
     adopt: bool = False  # nothing was said: a volume of this host that has the name
 
     def to_json(self) -> dict[str, Any]:
@@ -47,12 +49,12 @@ class Options:
     @property
     def for_server(self) -> dict[str, str]:
         """Keys of the nbdkit plugin."""
-        found = {}
-        if self.cache is not None:
-            found["cache_size"] = str(self.cache)
-        if self.prefetch:
-            found["prefetch"] = self.prefetch
-        return found
+        return {} if self.cache is None else {"cache_size": str(self.cache)}
+
+    @property
+    def fill(self) -> FillOptions:
+        """What the volume is made with."""
+        return FillOptions(self.prefetch, self.fill_rate, self.record)
 
 
 def check_docker_name(name: object) -> str:
@@ -130,7 +132,9 @@ def parse(name: str, given: Mapping[str, Any] | None, config: Config) -> Options
         "read_only": _flag(how.get("readonly", "false")),
         "on_remove": _one_of("on-remove", how.get("on-remove", "refuse"), ON_REMOVE),
         "cache": _cache(how.get("cache")),
-        "prefetch": _one_of("prefetch", how.get("prefetch", ""), ("", *PREFETCH)),
+        "prefetch": _one_of("prefetch", how.get("prefetch", PREFETCH[0]), PREFETCH),
+        "fill_rate": parse_size(how.get("fill-rate", "0"), "-o fill-rate"),
+        "record": parse_record(how.get("record", "false")),
     }
     if not made:
         return Options(adopt=True, **common)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from horcrux_nbd import files, paths
 from horcrux_nbd.attach.processes import boot_id
-from horcrux_nbd.errors import Damaged
+from horcrux_nbd.errors import Damaged, UsageError
 
-from .options import Options
+from .options import Options, check_docker_name
 
 SUFFIX = ".json"
+_OPTIONS = {one.name for one in fields(Options)}
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def folder() -> Path:
 def load(name: str) -> Record | None:
     """The record of `name`; None where Docker has no such volume. Raises Damaged."""
     try:
-        value = files.read_json(_file(name))
-    except FileNotFoundError:
+        value = files.read_json(_file(check_docker_name(name)))
+    except (FileNotFoundError, UsageError):  # what is no name has no volume
         return None
     return _decode(value, _file(name))
 
@@ -118,7 +119,9 @@ def _file(name: str) -> Path:
 def _decode(value: Any, file: Path) -> Record:
     try:
         mounts = {key: MountId(**one) for key, one in value["mounts"].items()}
-        record = Record(**{**value, "options": Options(**value["options"]), "mounts": mounts})
+        # A later release may have had more options.
+        options = {key: one for key, one in value["options"].items() if key in _OPTIONS}
+        record = Record(**{**value, "options": Options(**options), "mounts": mounts})
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(
             f"{file} is damaged ({error!r}): remove it, and create the volume again; "

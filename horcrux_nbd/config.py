@@ -55,6 +55,8 @@ KNOWN: dict[str, tuple[str, ...]] = {
         "on-remove",
         "cache",
         "prefetch",
+        "fill-rate",
+        "record",
     ),
 }
 REMOTE = ("url", "mirrors")

@@ -42,6 +42,10 @@ VERSIONS_LOCK = "versions.lock"  # in a volume's folder; see versions/session.py
 LOCK_WAIT = 10.0  # seconds; somebody else's mount or umount of the same volume takes less
 
 
+class WouldLose(Busy):
+    """To remove a volume would lose what exists nowhere else."""
+
+
 @dataclass(frozen=True)
 class VolumeStatus:
     """All there is to say of one volume, without asking its store. Sizes in bytes."""
@@ -193,19 +197,19 @@ def remove(
         if found.server is not None:
             raise Busy(f"volume {name} is served by process {found.server.pid}: stop that first")
         if found.state.stash and not force:
-            raise Busy(
+            raise WouldLose(
                 f"volume {name} has changes in its stash that exist nowhere else: "
                 f"`horcrux-cli rm --force {name}` drops them"
             )
         lost = found.survey.written + found.survey.zeroed
         if lost and not force and changed(name):
-            raise Busy(
+            raise WouldLose(
                 f"volume {name} holds {format_size(lost)} of changes that exist nowhere else: "
                 f"`horcrux-cli rm --force {name}` drops them"
             )
         only_here = 0 if force else len(unpushed(name))
         if only_here:
-            raise Busy(
+            raise WouldLose(
                 f"volume {name} has {only_here} version{'s' if only_here > 1 else ''} that never "
                 f"went to its repository: `horcrux-cli push {name}` first, or `horcrux-cli rm "
                 f"--force {name}` drops them"

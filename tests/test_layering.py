@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"chunkstore", "repository", "source"},
     "refresh": {"chunkstore", "repository", "source", "volume"},
     "mirrors": {"chunkstore", "repository"},
+    "containers": set(),
     "control": set(),
     "peer": set(),
     "tcp": {"server", "attach"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,43 @@ def _hook(command: str | None, when: str) -> Callable[[], None] | None:
     return run
 
 
+def _steps(*steps: Callable[[], None] | None) -> Callable[[], None]:
+    """One after the other, as far as they are there."""
+
+    def run() -> None:
+        for step in steps:
+            if step is not None:
+                step()
+
+    return run
+
+
+def _pausing(
+    volumes: tuple[str, ...], stack: contextlib.ExitStack
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What pauses the containers that use the volumes, and what lets them go on, as does the end of
+    `stack`.
+    """
+    from .. import host
+    from ..containers import Containers, Entry
+
+    docker = Containers()
+
+    def wanted(mount: Entry) -> bool:
+        source = str(mount.get("Source", ""))
+        return mount.get("Name") in volumes or any(
+            source == target or source.startswith(f"{target}/") for target in targets
+        )
+
+    targets = [one.target for name in volumes for one in host.mounts(name)]
+    containers = docker.using(wanted)  # also tells before the commit begins that Docker is away
+
+    def pause() -> None:
+        stack.enter_context(docker.paused(containers))
+
+    return pause, stack.close
+
+
 @click.command()
 @click.argument("volumes", type=VOLUME, nargs=-1, required=True, metavar="VOLUME...")
 @click.option("-m", "--message", required=True, help="What changed, for people.")
@@ -73,6 +111,7 @@ def _hook(command: str | None, when: str) -> Callable[[], None] | None:
 @click.option("--before", metavar="CMD", help="Run this right before the freeze (CHECKPOINT, …).")
 @click.option("--after", metavar="CMD", help="Run this when writes go on.")
 @click.option("--push", "push_too", is_flag=True, help="Push it, too.")
+@click.option("--pause", is_flag=True, help="Pause the containers that use it meanwhile.")
 @click.option("--author", help="Default: what git would say.")
 @output.quiet_option
 @output.json_option
@@ -84,6 +123,7 @@ def commit(
     before: str | None,
     after: str | None,
     push_too: bool,
+    pause: bool,
     author: str | None,
     quiet: bool,
     as_json: bool,
@@ -91,7 +131,8 @@ def commit(
     """Make what VOLUME holds now a version, on this host. Works while it is used, and offline.
 
     The file system is frozen for some milliseconds; storing goes on beside the workload. Several
-    volumes are frozen at one moment, and get a version each or none.
+    volumes are frozen at one moment, and get a version each or none. --pause holds the containers
+    that use them still meanwhile (docker pause), for programs with files on several volumes.
 
     \b
     horcrux-cli commit amcc -m "fix prices" -t ticket=4711 --push
@@ -101,15 +142,16 @@ def commit(
     from ..progress import make_progress
 
     author = author or identity.author()
-    with make_progress(quiet or as_json) as progress:
+    with make_progress(quiet or as_json) as progress, contextlib.ExitStack() as standing:
+        hooks = _pausing(volumes, standing) if pause else (None, None)
         made = versions.commit(
             volumes,
             message,
             author=author,
             tags=tags_of(tags),
             allow_empty=allow_empty,
-            before=_hook(before, "before"),
-            after=_hook(after, "after"),
+            before=_steps(_hook(before, "before"), hooks[0]),
+            after=_steps(hooks[1], _hook(after, "after")),
             progress=progress,
         )
     for name, one in [] if as_json else sorted(made.items()):

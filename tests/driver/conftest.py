@@ -14,12 +14,15 @@ from horcrux_nbd import host, paths
 from horcrux_nbd.attach.mountinfo import mounts
 from tests.attach.conftest import needs_fuse
 from tests.cli.support import run
+from tests.servers import fixtures
 from tests.servers.dockerd import MISSING, Dockerd, available, dockerd
 
 from .support import FOLDER, PLUGINS, DriverProcess, Recorder, shared_folder
 from .support import driver as running_driver
 
 pytestmark = needs_fuse
+
+sshd_server, ssh = fixtures.sshd_server, fixtures.ssh
 
 _numbers = itertools.count(1)
 

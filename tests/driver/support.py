@@ -79,6 +79,7 @@ class DriverProcess:
         self.log = folder / f"{self.name}.log"
         self.words = ["--log-level", "debug", "--docker-host", docker_host]
         self.env: dict[str, str] = {}
+        self.port = 0  # where it listens instead of the socket
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -102,9 +103,13 @@ class DriverProcess:
         def listens() -> bool:
             assert self._process is not None
             assert self._process.poll() is None, self.log.read_text()
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(str(self.socket))
-                return True
+            with contextlib.suppress(OSError):
+                if self.port:
+                    socket.create_connection(("127.0.0.1", self.port), 5).close()
+                    return True
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(str(self.socket))
+                    return True
             return False
 
         wait_for(listens, "the driver")

@@ -114,6 +114,8 @@ class Dockerd:
     def kill(self) -> None:
         """As the kernel does when memory runs out: nothing is tidied up."""
         self._end(signal.SIGKILL)
+        # Its containerd ends with it. Where nobody reaps that, the next dockerd waits for a zombie.
+        (self.folder / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
 
     def _end(self, number: int) -> None:
         if self._process is not None:
