@@ -95,7 +95,7 @@ def command(
     if os.geteuid() != 0:
         raise EnvironmentProblem("horcrux-dv attaches and mounts volumes, which needs root")
     logs.set_up(log_level, as_json=log_json)
-    config.load()  # what is wrong with it is told now
+    os.environ.update(config.load().environment())  # what is wrong with it is told now
     files.make_folder(paths.run(), 0o700)
     context = _context(address, tls_cert, tls_key, tls_ca)
     lock = files.FileLock(paths.run() / "driver.lock", PROGRAM)

@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -155,13 +156,8 @@ class Protocol:
         """
         body = await _body(request)
         name, mount_id = _name(body), _mount_id(body)
-        work = self._work.submit(self.driver.mount, name, mount_id)
-
-        def undo(done: Future[str]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                log.warning("volume %s: nobody waits for this mount any more: undone", name)
-                self._work.submit(self._undo, name, mount_id)
-
+        mounting = _Mounting(self.driver, name, mount_id)
+        work = self._work.submit(mounting.run)
         try:
             where = await self._wait(work, self._work_limit, f"mounting volume {name}")
             response = _answer(request, {"Mountpoint": where})
@@ -170,16 +166,10 @@ class Protocol:
             if request.transport is None or request.transport.is_closing():
                 raise ConnectionResetError
         except BaseException:
-            if not work.cancel():
-                work.add_done_callback(undo)
+            if not work.cancel() and mounting.abandon():
+                self._work.submit(mounting.undo)
             raise
         return response
-
-    def _undo(self, name: str, mount_id: str) -> None:
-        try:
-            self.driver.unmount(name, mount_id)
-        except (HorcruxError, OSError) as error:
-            log.warning("volume %s: %s", name, error)
 
     # ---- threads
 
@@ -204,6 +194,37 @@ class Protocol:
         finally:
             # Whatever it raises is told by then, or nobody wants to know.
             waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+class _Mounting:
+    """A mount that may not be wanted any more when it is done."""
+
+    def __init__(self, driver: Driver, name: str, mount_id: str) -> None:
+        self._driver, self._name, self._id = driver, name, mount_id
+        self._lock = threading.Lock()
+        self._mounted = self._abandoned = False
+
+    def run(self) -> str:
+        """In a thread; undoes it there if it was abandoned meanwhile."""
+        where = self._driver.mount(self._name, self._id)
+        with self._lock:
+            self._mounted, abandoned = True, self._abandoned
+        if abandoned:
+            self.undo()
+        return where
+
+    def abandon(self) -> bool:
+        """Nobody waits for it. Whether it is mounted already, and the caller has to undo it."""
+        with self._lock:
+            self._abandoned = True
+            return self._mounted
+
+    def undo(self) -> None:
+        log.warning("volume %s: nobody waits for this mount any more: undone", self._name)
+        try:
+            self._driver.unmount(self._name, self._id)
+        except (HorcruxError, OSError) as error:
+            log.warning("volume %s: %s", self._name, error)
 
 
 # ---- requests and answers

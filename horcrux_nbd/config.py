@@ -9,6 +9,8 @@
 
     [store]
     timeout = 60
+    aws_credentials = "/etc/horcrux/aws-credentials"
+    ssh_config = "/etc/horcrux/ssh_config"
 
     [attach]
     via = "nbd"
@@ -39,10 +41,15 @@ from .errors import NotFound, UsageError
 from .names import check_name, is_name
 from .units import MiB, parse_size
 
+# Files with what lets us in, and the variables that name them where the configuration does not.
+ENVIRONMENT = {
+    "aws_credentials": "AWS_SHARED_CREDENTIALS_FILE",
+    "ssh_config": "HORCRUX_SSH_CONFIG",
+}
 KNOWN: dict[str, tuple[str, ...]] = {
     "remotes": (),  # names of the user's own, each with the keys of REMOTE
     "cache": ("size",),
-    "store": ("timeout",),
+    "store": ("timeout", *ENVIRONMENT),
     "attach": ("via",),
     # Options of `docker volume create` where it says nothing; horcrux_driver/options.py reads them.
     "docker": (
@@ -75,6 +82,7 @@ class Config:
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → URLs of copies
     cache_size: int | None = None  # bytes
     store_timeout: int | None = None  # seconds
+    credentials: Mapping[str, Path] = field(default_factory=dict)  # key of ENVIRONMENT → file
     attach_via: str | None = None
     docker: Mapping[str, str] = field(default_factory=dict)  # option → value, not parsed
 
@@ -82,6 +90,24 @@ class Config:
         """What the server of a volume is told of it."""
         told = {"cache_size": self.cache_size, "timeout": self.store_timeout}
         return {key: str(value) for key, value in told.items() if value is not None}
+
+    def environment(self) -> dict[str, str]:
+        """Variables for this process and its servers; what its environment says goes first.
+
+        Raises UsageError where a file is missing, or others may read the keys in it.
+        """
+        found = {}
+        for key, path in self.credentials.items():
+            if ENVIRONMENT[key] in os.environ:
+                continue
+            try:
+                mode = path.stat().st_mode
+            except OSError as error:
+                raise UsageError(f"{self.file}: store.{key} {path}: {error.strerror}") from None
+            if key == "aws_credentials" and mode & 0o077:
+                raise UsageError(f"{path} can be read by others: chmod 600 {path}")
+            found[ENVIRONMENT[key]] = str(path)
+        return found
 
     def mirrors_of(self, url: str) -> tuple[str, ...]:
         """Other places that hold the repository at `url`, as the remotes with that URL say."""
@@ -138,6 +164,7 @@ def parse(text: str, file: Path) -> Config:
         mirrors=_mirrors(tables["remotes"], file),
         cache_size=_cache_size(tables["cache"], file),
         store_timeout=_store_timeout(tables["store"], file),
+        credentials=_credentials(tables["store"], file),
         attach_via=_via(tables["attach"], file),
         docker=_docker(tables["docker"], file),
     )
@@ -216,6 +243,18 @@ def _via(table: Mapping[str, Any], file: Path) -> str | None:
     if via is not None and via not in WAYS:
         raise UsageError(f"{file}: attach.via {via!r} is unknown: use one of {', '.join(WAYS)}")
     return via
+
+
+def _credentials(table: Mapping[str, Any], file: Path) -> dict[str, Path]:
+    found = {}
+    for key in ENVIRONMENT:
+        path = table.get(key)
+        if path is None:
+            continue
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise UsageError(f'{file}: store.{key} {path!r}: write a whole path, "/etc/…"')
+        found[key] = Path(path)
+    return found
 
 
 def _docker(table: Mapping[str, Any], file: Path) -> dict[str, str]:

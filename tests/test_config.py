@@ -213,3 +213,26 @@ def test_two_editors_lose_nothing(file: Path) -> None:
     for thread in threads:
         thread.join(10)
     assert len(config.load(file).remotes) == 10
+
+
+# ---- credentials
+
+
+def test_files_with_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in config.ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+    keys = tmp_path / "keys"
+    found = config.parse(f'[store]\naws_credentials = "{keys}"\n', Path("/etc/horcrux/config.toml"))
+    with pytest.raises(UsageError, match="No such file"):
+        found.environment()
+    keys.touch(0o644)
+    with pytest.raises(UsageError, match="chmod 600"):
+        found.environment()
+    keys.chmod(0o600)
+    assert found.environment() == {"AWS_SHARED_CREDENTIALS_FILE": str(keys)}
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/mine")
+    assert found.environment() == {}
+    ssh = config.parse(f'[store]\nssh_config = "{keys}"\n', Path("/etc/horcrux/config.toml"))
+    assert ssh.environment() == {"HORCRUX_SSH_CONFIG": str(keys)}
+    with pytest.raises(UsageError, match="whole path"):
+        config.parse('[store]\nssh_config = "keys"\n', Path("/etc/horcrux/config.toml"))

@@ -71,7 +71,7 @@ def test_every_import_is_named() -> None:
     driving = known | needed | named(extras["driver"])
     missing = {(str(p), m) for p, m in imported("horcrux_driver") if m not in driving}
     assert not missing
-    testing = known | needed | named(extras["test"], extras["driver"])
+    testing = known | needed | named(extras["test"], extras["driver"], extras["bench"])
     missing = {(str(p), m) for p, m in imported("tests", "scripts") if m not in testing}
     assert not missing
 

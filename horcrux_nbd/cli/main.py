@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from .. import __version__
-from ..errors import HorcruxError
+from .. import __version__, config
+from ..errors import HorcruxError, UsageError
 from .words import WORDS
 
 PROGRAM = "horcrux-cli"
@@ -157,6 +157,11 @@ class Commands(click.Group):
 )
 def cli(debug: bool) -> None:
     _set_up_log(debug or _debugging())
+    try:
+        settings = config.load()
+    except UsageError:
+        return  # told by who needs it: others can still mend it
+    os.environ.update(settings.environment())
 
 
 def _debugging() -> bool:
