@@ -140,8 +140,8 @@ class Driver:
                 log.warning("volume %s is kept on this host: %s", record.name, error)
                 return
             raise Busy(
-                f"{error} (a volume made with -o on-remove=keep or -o on-remove=delete is removed "
-                "without asking)"
+                f"{error}; `horcrux-cli commit` and `horcrux-cli push` keep them (one made with "
+                "-o on-remove=keep or -o on-remove=delete is removed without asking)"
             ) from error
 
     # ---- mount and unmount
