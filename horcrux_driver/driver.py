@@ -205,8 +205,15 @@ class Driver:
         if any(mount.target != str(mountpoint(record)) for mount in there):
             return  # mounted by somebody else, with horcrux-cli
         broken = bool(there) and bool(host.problem(record.volume))
-        with contextlib.suppress(NotFound):  # not mounted
+        try:
             host.umount(record.volume, force=broken)
+        except NotFound:
+            pass  # not mounted
+        except Busy as error:
+            if host.mounts(record.volume):
+                raise
+            # Some process has a copy of our mount in a mount namespace of its own (`unshare -m`).
+            log.warning("volume %s is unmounted, and released later: %s", record.name, error)
 
     # ---- what is there
 

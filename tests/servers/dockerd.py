@@ -37,8 +37,11 @@ def docker_program() -> str:
     return "/usr/bin/docker" if os.path.exists("/usr/bin/docker") else "docker"
 
 
-_ENTER = """
-mkdir -p /run/docker/plugins && mount --bind "$0" /run/docker/plugins && exec "$@"
+# Other drivers on this machine, and sockets of dead ones, for each of which `volume ls` waits 15 s,
+# are none of ours. So dockerd has a mount namespace of its own, which follows mounts of this one and
+# is the same for the next dockerd, as live restore needs it.
+_HOLD = """
+mkdir -p /run/docker/plugins && mount --bind "$0" /run/docker/plugins && echo && exec sleep infinity
 """
 
 
@@ -60,8 +63,22 @@ class Dockerd:
         self.log = folder / "dockerd.log"
         self.options: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
+        self._holder: subprocess.Popen[bytes] | None = None
 
     # ---- the daemon
+
+    def _namespace(self) -> int:
+        """The process whose mount namespace is dockerd's."""
+        if self._holder is None:
+            words = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", _HOLD]
+            self._holder = subprocess.Popen(
+                [*words, str(self.plugins)],
+                stdout=subprocess.PIPE,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - the tests start it from one thread
+            )
+            assert self._holder.stdout is not None
+            assert self._holder.stdout.readline() == b"\n"
+        return self._holder.pid
 
     @property
     def pid(self) -> int:
@@ -73,11 +90,7 @@ class Dockerd:
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 [
-                    # Other drivers on this machine, and sockets of dead ones, for each of which
-                    # `volume ls` waits 15 s, are none of ours: so it has a mount namespace of its
-                    # own, which follows mounts of this one.
-                    *("unshare", "--mount", "--propagation", "slave", "sh", "-c", _ENTER),
-                    *(str(self.plugins), "dockerd"),
+                    *("nsenter", "--target", str(self._namespace()), "--mount", "dockerd"),
                     *("--data-root", str(self.folder / "data")),
                     *("--exec-root", str(self.folder / "exec")),
                     *("--pidfile", str(self.folder / "dockerd.pid")),
@@ -133,6 +146,11 @@ class Dockerd:
 
     def tidy(self) -> None:
         """End what a killed dockerd left: its containerd and the containers' processes."""
+        if self._holder is not None:
+            assert self._holder.stdout is not None
+            self._holder.stdout.close()
+            self._holder.kill()
+            self._holder.wait(LIMIT)
         for _ in range(2):
             for folder in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
