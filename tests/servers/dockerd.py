@@ -38,8 +38,8 @@ def docker_program() -> str:
 
 
 # Other drivers on this machine, and sockets of dead ones, for each of which `volume ls` waits 15 s,
-# are none of ours. So dockerd has a mount namespace of its own, which follows mounts of this one and
-# is the same for the next dockerd, as live restore needs it.
+# are none of ours. So dockerd has a mount namespace of its own, which follows mounts of this one.
+# The next dockerd has the same, as live restore needs it.
 _HOLD = """
 mkdir -p /run/docker/plugins && mount --bind "$0" /run/docker/plugins && echo && exec sleep infinity
 """
