@@ -74,8 +74,10 @@ def _make(url: StoreURL, timeout: float, concurrency: int | None) -> ChunkStore:
     # Each kind is imported when it is used: boto3 alone takes 0.3 s and 40 MB.
     if url.scheme == "cp":
         from .local import LocalStore
+        from .timed import TimedStore, is_far
 
-        return LocalStore(url, concurrency=concurrency)
+        near = LocalStore(url, concurrency=concurrency)
+        return TimedStore(near, timeout) if is_far(url.path) else near
     if url.scheme == "scp":
         from .sftp import SftpStore
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ from horcrux_nbd.names import Version
 from horcrux_nbd.source import open_source
 from horcrux_nbd.units import KiB
 
-from ..attach.conftest import needs_fuse
+from ..attach.conftest import needs_fuse, needs_root
 from ..servers.answering import Answering, answering
 from ..servers.moto_s3 import S3Server
 from ..servers.nbdkit import MISSING, Nbdkit, available, libnbd
@@ -40,6 +42,7 @@ from ..volume.support import CHUNK, IMAGE, BytesSource, noise
 
 pytestmark = pytest.mark.skipif(not available(), reason=MISSING)
 
+PROJECT = Path(__file__).resolve().parents[2]
 CHUNKS = 40
 SIZE = CHUNKS * CHUNK
 CONTENT = noise(SIZE, "image")
@@ -297,6 +300,59 @@ def test_slow(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None
         assert seconds > 2
         for one in (handle, other):
             one.shutdown()
+
+
+@needs_root
+def test_a_folder_on_a_mount_that_hangs(tmp_path: Path) -> None:
+    """As on a dead NFS server: system calls there sleep for ever, and the volume does not."""
+    mounted = tmp_path / "mnt"
+    mounted.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.torture.forgetful", mounted],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROJECT,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mounted\n"
+        url = f"cp://{mounted}/store"
+        with open_store(url, create=True) as opened, BytesSource(SIZE, {0: CONTENT}) as source:
+            generate(source, opened, IMAGE, chunk_size=CHUNK, author="test", message="far")
+        with Nbdkit(
+            repo=url, name=IMAGE, overlay=tmp_path / "v", cache=tmp_path / "c", timeout=2,
+            log="error",
+        ) as server:  # fmt: skip
+            handle, other = server.connect(), server.connect()
+            assert handle.pread(CHUNK, 0) == CONTENT[:CHUNK]
+            with ThreadPoolExecutor(1) as pool:
+                process.send_signal(signal.SIGSTOP)
+                waiting = pool.submit(timed, partial(handle.pread, 4096, 20 * CHUNK))
+                seconds, result = timed(partial(other.pread, 4096, 0))
+                assert result == CONTENT[:4096]
+                assert seconds < HERE
+                other.pwrite(CONTENT[:4096], 8192)
+                other.flush()
+                seconds, result = waiting.result(30)
+                print(f"EIO after {seconds:.1f} s")
+                assert result == errno.EIO
+                assert seconds < 2 * 1.25 + 2.5
+                process.send_signal(signal.SIGCONT)
+                assert handle.pread(CHUNK, 20 * CHUNK) == CONTENT[20 * CHUNK : 21 * CHUNK]
+                process.send_signal(signal.SIGSTOP)
+                other.pwrite(b"last", 9000)
+                waiting = pool.submit(_read_and_leave, handle, 30 * CHUNK)
+                other.shutdown()
+                began = time.monotonic()
+                server.stop(LEAVE)
+                print(f"left in {time.monotonic() - began:.1f} s")
+                waiting.result(10)
+                process.send_signal(signal.SIGCONT)
+            server.start()
+            again = server.connect()
+            assert again.pread(4, 9000) == b"last"
+            again.shutdown()
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.communicate(input="", timeout=30)
 
 
 @needs_fuse
