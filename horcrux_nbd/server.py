@@ -159,19 +159,24 @@ def start(
     watched, life = os.pipe()
     try:
         process = launch(argv, folder / LOG, life)
-        server = Server(
-            process, socket, boot_id(), read_only, dict(options or {}), time.monotonic(), restarts
-        )
-        files.publish_json(folder / RECORD, {**asdict(server), "socket": str(socket)})
+        try:
+            server = Server(
+                process, socket, boot_id(), read_only, dict(options or {}), time.monotonic(),
+                restarts,
+            )  # fmt: skip
+            files.publish_json(folder / RECORD, {**asdict(server), "socket": str(socket)})
 
-        def ready() -> bool:
-            return not process.alive() or listener(socket) != 0
+            def ready() -> bool:
+                return not process.alive() or listener(socket) != 0
 
-        if not wait_until(ready, START_LIMIT) or not process.alive():
+            if not wait_until(ready, START_LIMIT) or not process.alive():
+                raise HorcruxError(f"volume {name} cannot be served: {said(folder / LOG)}")
+            _watch(name, folder, watched)  # not before: one that cannot start is not started again
+        except BaseException:
+            # Nobody would find it, and it holds the volume's lock.
             process.signal(signal.SIGKILL)
             process.wait_gone(DYING)
-            raise HorcruxError(f"volume {name} cannot be served: {said(folder / LOG)}")
-        _watch(name, folder, watched)  # not before: one that cannot start is not started again
+            raise
     finally:
         os.close(watched)
         os.close(life)

@@ -95,7 +95,7 @@ class Operation(ABC):
         return resolve(self.url).id.hex()
 
 
-class _WithVolume(Operation):
+class WithVolume(Operation):
     """A volume with a patch committed, and writes over it."""
 
     def prepare(self) -> None:
@@ -112,7 +112,7 @@ class _WithVolume(Operation):
         return Volume.open(self.disk.folder, name="v", store_limit=1.0)
 
 
-class Attach(_WithVolume):
+class Attach(WithVolume):
     """What a server does when it opens a volume whose last one died."""
 
     def prepare(self) -> None:
@@ -134,7 +134,7 @@ class Attach(_WithVolume):
         self.run()
 
 
-class Read(_WithVolume):
+class Read(WithVolume):
     """Everything of a volume, with nothing of it in the cache."""
 
     def prepare(self) -> None:
@@ -163,7 +163,7 @@ class Read(_WithVolume):
             self.volume.close()
 
 
-class Write(_WithVolume):
+class Write(WithVolume):
     """Writes, zeros and flushes; what was acknowledged is there when the server has died."""
 
     def before(self) -> None:
@@ -244,7 +244,7 @@ class Write(_WithVolume):
         volume.close()
 
 
-class Commit(_WithVolume):
+class Commit(WithVolume):
     """A commit of a volume that nobody serves."""
 
     def run(self) -> None:
@@ -268,7 +268,7 @@ class Commit(_WithVolume):
         self.sound()
 
 
-class Push(_WithVolume):
+class Push(WithVolume):
     """A push of a commit."""
 
     def prepare(self) -> None:

@@ -7,6 +7,7 @@ usual run takes a sample of N; --long takes all.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import logging
@@ -19,14 +20,15 @@ from pathlib import Path
 
 import pytest
 
-from horcrux_nbd import chunkstore
+from horcrux_nbd import chunkstore, host
 from horcrux_nbd.chunkstore.base import ChunkStore
 from horcrux_nbd.chunkstore.retry import RetryStore
 from horcrux_nbd.chunkstore.url import StoreURL
 from horcrux_nbd.volume import maplog, recent
 
+from ..attach.conftest import needs_fuse
 from .nth import KINDS, STORE_KINDS, FaultyStore, FileFaults, Nth
-from .operations import OPERATIONS, TYPED, Operation
+from .operations import OPERATIONS, TYPED, Operation, WithVolume
 
 SAMPLE = 4  # faults of a kind in the usual run
 LIMIT = 20.0  # seconds for one run: far more than all the limits in it, far less than a hang
@@ -175,3 +177,51 @@ def test_stores(folder: Path, name: str, every: bool, monkeypatch: pytest.Monkey
         print(f"{name}: {kind} {told}: {runs} runs of {calls} calls, {errors} errors")
         if kind in HEALS and not for_good:
             assert errors == 0, "what passes is waited for"
+
+
+# ---- a real server, a real device
+
+
+class Device(WithVolume):
+    """The volume as a block device of this host, and the server behind it."""
+
+    def run(self) -> None:
+        host.attach("v", via="fuse", options={"timeout": "5"})
+
+    def check(self, error: BaseException | None) -> None:
+        found = host.status("v")
+        if error is None:
+            assert found.attachment is not None
+        elif found.attachment is None:
+            # Whatever was begun is undone: else the next attach would find the volume locked.
+            host.attach("v", via="fuse", options={"timeout": "5"})
+        attachment = host.status("v").attachment
+        assert attachment is not None
+        assert Path(attachment.device).read_bytes()[: 16 * 4096] == self.model[: 16 * 4096]
+        host.detach("v")
+        found = host.status("v")
+        assert found.attachment is None
+        assert found.server is None
+
+    def end(self) -> None:
+        """For a run that failed: nothing may be left on the machine."""
+        with contextlib.suppress(Exception):
+            host.detach("v", force=True)
+
+
+@needs_fuse
+@pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+)
+def test_attach_to_the_host(folder: Path, every: bool) -> None:
+    operation = Device(folder)
+    try:
+        for kind in ("EIO", "ENOSPC", "EMFILE") if every else ("EIO",):
+
+            def meet(nth: Nth, kind: str = kind) -> FileFaults:
+                return FileFaults(folder / "work", kind, nth)
+
+            runs, errors, calls = sweep(operation, meet, every, False)
+            print(f"attach to the host: {kind} once: {runs} runs of {calls} calls, {errors} errors")
+    finally:
+        operation.end()
