@@ -30,9 +30,12 @@ from ..attach.conftest import needs_fuse
 from .nth import KINDS, STORE_KINDS, FaultyStore, FileFaults, Nth
 from .operations import OPERATIONS, TYPED, Operation, WithVolume
 
-SAMPLE = 4  # faults of a kind in the usual run
+SAMPLE = 5  # faults of a kind in the usual run
 LIMIT = 20.0  # seconds for one run: far more than all the limits in it, far less than a hang
 STORE_LIMIT = 0.2  # seconds that a store which is away is waited for
+
+
+_firsts = itertools.count()
 
 
 class _Quick(RetryStore):
@@ -104,9 +107,11 @@ def sweep(
     total = len(untouched.calls)
     assert total
     descriptors = _descriptors()
+    # The sample of one kind of fault is not that of another.
     step = 1 if every else max(1, total // SAMPLE)
+    first = next(_firsts) * 7 % step + 1
     errors = runs = 0
-    for number in itertools.count(1, step):
+    for number in itertools.count(first, step):
         nth, error = once(number)
         errors += error is not None
         runs += 1

@@ -111,6 +111,7 @@ DAMAGE: dict[str, Callable[[Path, Path], object]] = {
     "empty": lambda path, other: os.truncate(path, 0),
     "zeros": lambda path, other: path.write_bytes(bytes(ON_DISK)),
     "longer": lambda path, other: path.write_bytes(path.read_bytes() + b"x"),
+    "10 GiB": lambda path, other: os.truncate(path, 10 << 30),
     "another chunk's file": lambda path, other: path.write_bytes(other.read_bytes()),
     "a folder": lambda path, other: (path.unlink(), path.mkdir()),
 }
