@@ -139,6 +139,8 @@ class PackedStore(ChunkStore):
             except Damaged as error:
                 if dot + end == SENT:  # the repository has what was in it
                     log.warning("%s: what was in it comes from the repository", error)
+                    with contextlib.suppress(OSError):
+                        os.unlink(self._folder / name)
                 else:
                     self._broken = error
                 continue

@@ -204,6 +204,7 @@ def test_a_damaged_pack_that_was_sent_is_done_without(root: Path) -> None:
         assert not has(store, 1)
         assert has(store, 3)
         assert set(store.sizes()) == {node(3)[0]}
+    assert names(root) == [".pack"]
 
 
 def test_of_a_damaged_pack_of_its_own_nobody_says_that_nothing_is_missing(root: Path) -> None:
