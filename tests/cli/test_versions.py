@@ -22,6 +22,9 @@ needs_ext4 = pytest.mark.skipif(
 )
 
 
+DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+
+
 class Command:
     """Runs commands in this process."""
 
@@ -43,7 +46,13 @@ class Command:
         return out
 
     def json(self, *words: str) -> Any:
-        return json.loads(self(*words, "--json"))
+        """What it says; every key of it is in docs/cli.md."""
+        value = json.loads(self(*words, "--json"))
+        rows = [*value] if isinstance(value, list) else [value]
+        rows += [one for row in rows for one in row.values() if isinstance(one, dict)]
+        keys = {key for row in rows for key in row} - {"v1", "ticket"}
+        assert {key for key in keys if f"`{key}`" not in DOCS} == set()
+        return value
 
 
 @pytest.fixture
@@ -97,9 +106,10 @@ def test_the_session_of_the_readme(run: Command, disk: Disk) -> None:
 
 def test_json_of_everything(run: Command, disk: Disk) -> None:
     disk.write((5000, noise(100, 1)))
-    made = run.json("commit", "v1", "-m", "one")["v1"]
+    made = run.json("commit", "v1", "-m", "one", "--push")["v1"]
     assert made["changed_bytes"] == BLOCK
-    pushed = run.json("push", "v1")["v1"]
+    assert run.json("push", "v1")["v1"]["moved"] is False
+    pushed = made["push"]
     assert (pushed["branch"], pushed["id"], pushed["moved"]) == ("main", made["id"], True)
     newest, oldest = run.json("log", IMAGE)
     assert (newest["id"], newest["refs"], newest["pushed"]) == (made["id"], ["main"], True)
