@@ -51,7 +51,7 @@ class Command:
         rows = [*value] if isinstance(value, list) else [value]
         rows += [one for row in rows for one in row.values() if isinstance(one, dict)]
         keys = {key for row in rows for key in row} - {"v1", "ticket"}
-        assert {key for key in keys if f"`{key}`" not in DOCS} == set()
+        assert sorted(key for key in keys if f"`{key}`" not in DOCS) == []
         return value
 
 
