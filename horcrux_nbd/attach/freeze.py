@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from .processes import TimedOut, readable
 
 TIMEOUT = 60.0  # seconds to write out what is dirty; reads that it needs may go to the store
 LONGEST = 30  # seconds that a freeze lasts at most, whatever we do
+
+_THAW = 0xC0045878  # FITHAW
 
 # Lines that it says: "ready", then after "freeze" from us "frozen" or "failed …", then after "thaw"
 # (or when nobody listens any more) "thawed", or "late" where the time was over before.
@@ -81,7 +84,7 @@ class Freezer:
     def __init__(self, targets: Sequence[Path], timeout: float = TIMEOUT) -> None:
         self._targets, self._timeout = targets, timeout
         self._child: subprocess.Popen[bytes] | None = None
-        self._is_ready = False
+        self._is_ready = self._asked = False
 
     def __enter__(self) -> Freezer:
         if self._targets:
@@ -109,6 +112,7 @@ class Freezer:
         Keep it to milliseconds: writers hang meanwhile.
         """
         self.ready()
+        self._asked = True
         self._tell()
         self._expect("frozen")
 
@@ -156,7 +160,18 @@ class Freezer:
             self._child.stdout.close()
             # One that is stuck in the kernel thaws when it gets out; nothing can hurry it.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(self._timeout)
+                if self._child.wait(self._timeout) < 0 and self._asked:
+                    self._thaw_for_it()
+
+    def _thaw_for_it(self) -> None:
+        """The child was killed, and cannot: every writer would hang until the next boot."""
+        for target in self._targets:
+            with contextlib.suppress(OSError):  # EINVAL: it was not frozen
+                fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.ioctl(fd, _THAW, 0)
+                finally:
+                    os.close(fd)
 
     def __exit__(
         self,

@@ -83,6 +83,21 @@ def test_it_is_thawed_when_we_are_killed(attached: Attachment, target: Path) -> 
     mount.unmount(target)
 
 
+def test_it_is_thawed_when_the_child_that_froze_it_is_killed(
+    attached: Attachment, target: Path
+) -> None:
+    mount.mount(attached.device, target)
+    with Freezer([target]) as freezer:
+        freezer.freeze()
+        assert freezer._child is not None
+        os.kill(freezer._child.pid, signal.SIGKILL)
+        writer = write_in_child(target / "file")
+        with pytest.raises(HorcruxError, match="no answer"):
+            freezer.thaw()
+    assert writer.wait(10) == 0
+    mount.unmount(target)
+
+
 def test_it_does_not_last_longer_than_it_may(
     attached: Attachment, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,8 +117,11 @@ def test_what_cannot_be_frozen_is_named(tmp_path: Path) -> None:
     with Freezer([]) as freezer:  # a volume that is not mounted
         freezer.freeze()
         freezer.thaw()
-    with pytest.raises(HorcruxError, match="cannot freeze"), Freezer([tmp_path / "none"]):
-        pass
+    with (
+        pytest.raises(HorcruxError, match="cannot freeze"),
+        Freezer([tmp_path / "none"]) as freezer,
+    ):
+        freezer.ready()
 
 
 def test_write_out_reaches_the_server(attached: Attachment, server: Server, target: Path) -> None:
