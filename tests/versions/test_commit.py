@@ -569,3 +569,21 @@ def test_the_repository_of_a_volume_has_nothing_of_a_commit_before_the_push(disk
     with open_store(disk.url) as store:
         assert [entry.key for entry in store.list()] == before
         assert Repository.open(store).resolve(Version(IMAGE)).id.hex() == disk.state.upstream
+
+
+def test_small_patches_wait_until_the_chain_is_full(tmp_path: Path) -> None:
+    """A page in each commit: what was pushed before is not pushed again, but once in eight."""
+    size = 512 * KiB
+    disk = Disk("v", make_image(tmp_path / "repo", noise(2 * size), chunk_size=size))
+    disk.content()
+    layers, pushed = [], []
+    for number in range(10):
+        disk.write((number * 8 * BLOCK, noise(BLOCK, f"page {number}")))
+        disk.commit(f"{number}")
+        pushed.append(disk.push().bytes)
+        layers.append(layers_of(entries(disk)[0]))
+    assert layers == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]
+    overhead = 10 * KiB  # the index node, the commit, ids
+    assert max(pushed[:8]) < BLOCK + overhead
+    assert 9 * BLOCK < pushed[8] < 9 * BLOCK + overhead
+    assert version_content(disk.url) == disk.model
