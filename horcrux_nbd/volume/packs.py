@@ -111,13 +111,13 @@ class PackedStore(ChunkStore):
 
     # ---- what is there
 
-    def _current(self) -> list[Pack]:
+    def _current(self, *, anew: bool = False) -> list[Pack]:
         """The packs that are there now, the volume's own and those that were sent."""
         try:
             changed = os.stat(self._folder).st_mtime_ns
         except FileNotFoundError:
             return []
-        if self._looked != (changed, True):
+        if anew or self._looked != (changed, True):
             with self._lock:
                 settled = time.time_ns() - changed > SETTLED
                 self._packs = self._scan()
@@ -174,7 +174,9 @@ class PackedStore(ChunkStore):
             return self._loose.get(key, offset, length)
         data = self._growing.get(oid)
         if data is None:
-            pack = self._find(oid, self._current())
+            # Where it is in none, for sure: file systems whose times are whole seconds do not show
+            # each change of the folder, and the store may have it no more than we do.
+            pack = self._find(oid, self._current()) or self._find(oid, self._current(anew=True))
             if pack is None:
                 try:
                     return self._loose.get(key, offset, length)

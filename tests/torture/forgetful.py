@@ -7,7 +7,7 @@
 What POSIX promises is all that it keeps: data and size of a file after an fsync of the file, and a
 name (made, removed or renamed) after an fsync of its folder. Of the rest a cut keeps nothing, what
 came before some moment, or anything at random. A page of 4 KiB and a rename are never cut through.
-Real file systems keep more; what is safe here is safe there.
+Times are whole seconds. Real file systems keep more; what is safe here is safe there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import random
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ class Node:
     mode: int
     links: int = 1
     size: int = 0
+    changed: int = field(default_factory=lambda: int(time.time()))
     pages: dict[int, bytes] = field(default_factory=dict)
     entries: dict[bytes, Node] = field(default_factory=dict)
     # As the disk has it.
@@ -103,6 +105,7 @@ class Forgetful:
         change = Change(self._now, folders, apply)
         for folder in folders:
             folder.changes.append(change)
+            folder.changed = int(time.time())
 
     # ---- names
 
@@ -186,6 +189,7 @@ class Forgetful:
 
     def _put(self, file: Node, offset: int, data: bytes) -> None:
         self._now += 1
+        file.changed = int(time.time())
         end = offset + len(data)
         for page in range(offset // PAGE, -(-end // PAGE)):
             low, high = max(offset, page * PAGE), min(end, (page + 1) * PAGE)

@@ -33,7 +33,7 @@ _INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
 _MODE, _SIZE = 1, 8  # FATTR_MODE, FATTR_SIZE
 _BIG_WRITES, _MAX_PAGES = 1 << 5, 1 << 22
 MAX_WRITE = 1 << 20
-VALID = 3600  # seconds: nobody but the kernel changes anything
+VALID = 3600  # seconds: nobody but the kernel changes anything; it asks anew for what it changed
 PUNCH_HOLE, KEEP_SIZE = 2, 1  # linux/falloc.h
 NOREPLACE = 1  # linux/fs.h
 _FLAGS = 2 | 4  # MS_NOSUID | MS_NODEV
@@ -49,6 +49,7 @@ class Attributes(Protocol):
     mode: int
     links: int
     size: int
+    changed: int  # seconds since 1970
 
 
 class FileSystem(Protocol):
@@ -149,7 +150,8 @@ class Mount:
 def _attr(system: FileSystem, node: int) -> bytes:
     a = system.attributes(node)
     blocks = -(-a.size // 512)
-    return _ATTR.pack(a.number, a.size, blocks, 0, 0, 0, 0, 0, 0, a.mode, a.links, 0, 0, 0, 4096, 0)
+    times = (a.changed, a.changed, a.changed, 0, 0, 0)
+    return _ATTR.pack(a.number, a.size, blocks, *times, a.mode, a.links, 0, 0, 0, 4096, 0)
 
 
 def _entry(system: FileSystem, node: int) -> bytes:

@@ -370,3 +370,22 @@ def test_a_pause_waits_for_writers_and_keeps_new_ones_out(
         thread.join(10)
         assert not thread.is_alive()
     assert read(overlay, BLOCK_SIZE, BLOCK_SIZE) == bytes(BLOCK_SIZE)
+
+
+def test_a_block_is_marked_after_its_data_is_written(
+    stacks: Stacks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush between the two would make a block durable as data that it does not have yet."""
+    overlay = stacks.overlay(FakeBase(noise(SIZE)))
+    top = overlay.layers[0]
+    seen: list[int] = []
+    write = top.write
+
+    def watched(offset: int, data: memoryview | bytes) -> None:
+        seen.extend(top.blocks.state(block) for block in range(3))
+        write(offset, data)
+
+    monkeypatch.setattr(top, "write", watched)
+    overlay.write(100, memoryview(bytearray(noise(2 * BLOCK_SIZE))))
+    assert DATA not in seen
+    assert top.blocks.uniform(0, 3) == DATA

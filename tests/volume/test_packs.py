@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_a_reader_sees_each_new_pack(root: Path) -> None:
             put(writer, number)
             writer.sync()
             assert has(reader, number)
+
+
+def test_a_reader_sees_a_pack_that_the_time_of_the_folder_does_not_show(root: Path) -> None:
+    """On a file system whose times are whole seconds; tests/torture/forgetful.py is one."""
+    writer, reader = open_packed(root), open_packed(root)
+    put(writer, 1)
+    writer.sync()
+    long_ago = 1_000_000_000
+    os.utime(root / packs.FOLDER, ns=(long_ago, long_ago))
+    assert has(reader, 1)
+    put(writer, 2)
+    writer.sync()
+    os.utime(root / packs.FOLDER, ns=(long_ago, long_ago))
+    assert has(reader, 2)
 
 
 def test_large_objects_and_commits_are_files(root: Path) -> None:
