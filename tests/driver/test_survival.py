@@ -24,7 +24,7 @@ from tests.servers.dockerd import Dockerd
 from tests.servers.postgres import Database, acknowledged
 from tests.servers.process import PATIENCE
 
-from .support import DriverProcess, wait_for
+from .support import FOLDER, DriverProcess, wait_for
 
 ROUNDS = 10 if PATIENCE > 1 else 25  # a round takes some seconds under emulation
 LONG_ROUNDS = 500
@@ -162,19 +162,18 @@ def test_many_rounds_leave_nothing(docker: Dockerd, dv: DriverProcess) -> None:
 
 
 @pytest.fixture(scope="session")
-def database_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def database_repository(folder: None) -> Path:
     if not postgres.available():
         pytest.skip(postgres.MISSING)
-    folder = tmp_path_factory.mktemp("database")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)  # PostgreSQL has a user of its own
-    Database(folder).make(folder / "data")
-    run("generate", "-q", "--size", "1G", "PG", folder / "data", folder / "repository")
-    return folder / "repository"
+    place = FOLDER / "database"  # where PostgreSQL, a user of its own, can go
+    place.mkdir()
+    Database(place).make(place / "data")
+    run("generate", "-q", "--size", "1G", "PG", place / "data", place / "repository")
+    return place / "repository"
 
 
 @pytest.fixture
-def database(tmp_path_factory: pytest.TempPathFactory, database_repository: Path) -> Database:
+def database(database_repository: Path) -> Database:
     return Database(database_repository.parent)
 
 

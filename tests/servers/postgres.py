@@ -143,7 +143,7 @@ def import_host(docker: Dockerd) -> None:
         return
     tree = io.BytesIO()
     with tarfile.open(fileobj=tree, mode="w") as tar:
-        for folder in ("usr", "etc", "tmp", "data", "sockets", "proc", "dev", "sys", "run"):
+        for folder in ("usr", "etc", "tmp", "data", "sockets", "proc", "dev", "sys", "run", "var"):
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
             tar.addfile(entry)
