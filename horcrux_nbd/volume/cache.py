@@ -24,7 +24,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -36,6 +35,7 @@ from ..repository.commits import MAX_CHUNK
 from ..repository.patch import max_patch_size
 from ..units import GiB, MiB
 from . import pins
+from .eviction import Entry, Eviction
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +63,6 @@ KEEP_EVERY = 30.0
 # Between two looks at a full disk, and two lines about it, seconds.
 FULL_EVERY = 10.0
 _NAME = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One cached file: hex id, bytes on disk, when it was last used (seconds since 1970)."""
-
-    area: str
-    id: str
-    size: int
-    used: float
-    path: Path
 
 
 class CachedFile:
@@ -371,16 +360,13 @@ class Cache:
             self._note_uses(0)
             with self._lock:
                 self._unaccounted = 0  # what it stands for is counted here
-            found = sorted(self.entries(), key=lambda e: (e.area == META, e.used))
-            total = before = sum(entry.size for entry in found)
+            eviction = Eviction(self.entries, pins.load(self.folder))
+            total = before = eviction.total
             if total > limit:
                 goal = int(limit * keep)
-                pinned = pins.load(self.folder)
-                for entry in found:
+                for entry in eviction.oldest(total - goal):
                     if total <= goal:
                         break
-                    if any(bytes.fromhex(entry.id) in pin for pin in pinned):
-                        continue
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(entry.path)
                     total -= entry.size

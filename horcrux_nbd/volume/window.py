@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 FIRST = 4.0  # fetches at once, until something is known
-LONGER = 1.75  # times the fastest: there is a queue
+LONGER = 2.5  # times the fastest: there is a queue, and no mere noise
 SHRINK = 0.8
 MEMORY = 20.0  # seconds until the fastest one is forgotten: another network, another load
 

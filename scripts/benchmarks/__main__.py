@@ -16,6 +16,7 @@ from .common import Missing, Table
 
 ALL = {  # in the order they run; what QUICK has by default with --quick
     "open": "open_size",
+    "memory": "memory",
     "warm": "warm",
     "generate": "generate_speed",
     "lazy": "lazy",

@@ -439,3 +439,19 @@ def test_blocks_that_are_the_same_are_proven(cache: Cache) -> None:
     assert other.same_blocks(oid_of(1), {0: blocks[0]}) is None
     assert not path.exists()
     other.close()
+
+
+def test_the_oldest_span_goes_first(tmp_path: Path) -> None:
+    """Last uses that lie hours apart, and some within one span: the order is that of the uses."""
+    cache = Cache(tmp_path / "cache", 100 * ON_DISK)
+    used = {n: 10_000 + (n * 7 % 9) * 3600 for n in range(9)} | {9: 99_000, 10: 99_002, 11: 99_001}
+    fill(cache, *used)
+    with cache._lock:
+        cache._open.clear()  # else their uses are noted before an eviction
+    for number, when in used.items():
+        os.utime(path_of(cache, number), (when, when))
+    order = sorted(used, key=lambda number: used[number])
+    for gone in range(1, 13):
+        assert cache.trim((12 - gone) * ON_DISK) == ON_DISK
+        assert [number for number in order if cache.has(oid_of(number))] == order[gone:]
+    cache.close()
