@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from horcrux_nbd.attach.sockets import listener
 from tests.servers.process import stop
 
 POSTGRES = Path("/usr/lib/postgresql")
@@ -200,7 +201,7 @@ def nbdkit(
     )
     try:
         deadline = time.monotonic() + 60
-        while not socket.exists():
+        while not listener(socket):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("nbdkit did not start")
             time.sleep(0.01)

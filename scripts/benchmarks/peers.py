@@ -23,7 +23,7 @@ from tests.servers.process import free_port, server, stop
 from tests.servers.sshd import Sshd
 from tests.servers.sshd import sshd as ssh_server
 
-from .common import BIN, cli, nbdkit, need, run
+from .common import BIN, cli, nbdkit, need, postgres, query, run
 from .networks import Far
 
 CHUNK = 512 << 10  # of those peers that let one choose, as ours
@@ -86,6 +86,7 @@ def world(scratch: Path, data: Path) -> Iterator[World]:
                 shutil.rmtree(folder, ignore_errors=True)
             root.mkdir()
             cli("generate", "-q", "PG", data, repository)
+            _record(repository, scratch)
             _make_raw(repository, root / "raw.img", scratch)
             casync = need("casync", "casync")
             run(casync, "make", f"--store={root}/default.castr", root / "pg.caidx", data)
@@ -106,6 +107,23 @@ def world(scratch: Path, data: Path) -> Iterator[World]:
         made = World(root, data, repository, size, port, ssh, s3)
         _fill_s3backer(made, scratch)
         yield made
+
+
+def _record(repository: Path, scratch: Path) -> None:
+    """The profile of a start and of a query, other than the one that is measured."""
+    target, socket = scratch / "record", scratch / "record-socket"
+    for folder in (target, socket):
+        folder.mkdir(exist_ok=True)
+    shutil.chown(socket, "postgres")
+    cli("mount", "PG", repository, target)
+    try:
+        with postgres(target, socket):
+            query(socket, "SELECT abalance FROM pgbench_accounts WHERE aid = 1")
+            cli("profile", "record", "PG")
+    finally:
+        cli("umount", "PG")
+        cli("rm", "--force", "PG")
+        cli("cache", "clear")
 
 
 def _make_raw(repository: Path, target: Path, scratch: Path) -> None:
@@ -183,7 +201,7 @@ def _nbd(work: Path, socket: Path) -> Iterator[Path]:
 # ---- the peers -------------------------------------------------------------------------------
 
 
-def _horcrux(url: Callable[[World, Far], str], *create: str) -> Callable[..., object]:
+def _horcrux(url: Callable[[World, Far], str], prefetch: str) -> Callable[..., object]:
     @contextlib.contextmanager
     def mounted(world: World, far: Far, work: Path) -> Iterator[Path]:
         world.ssh.trust(far.port)
@@ -192,12 +210,11 @@ def _horcrux(url: Callable[[World, Far], str], *create: str) -> Callable[..., ob
         os.environ["HORCRUX_ROOT"] = str(work / "root")
         target = work / "mnt"
         target.mkdir(exist_ok=True)
-        cli("create", *create, "pg", url(world, far), "PG")
-        cli("mount", "pg", target)
+        cli("mount", "--prefetch", prefetch, "PG", url(world, far), target)
         try:
             yield target
         finally:
-            cli("umount", "pg")
+            cli("umount", "PG")
 
     return mounted
 
@@ -343,8 +360,10 @@ def _rclone_copy(world: World, far: Far, work: Path) -> Iterator[Path]:
 
 
 OURS = (
-    Peer("Horcrux, scp://", "ssh", True, _horcrux(_scp)),  # type: ignore[arg-type]
-    Peer("Horcrux, s3://", "s3", True, _horcrux(_s3)),  # type: ignore[arg-type]
+    Peer("Horcrux, scp://", "ssh", True, _horcrux(_scp, "none")),  # type: ignore[arg-type]
+    Peer("Horcrux, s3://", "s3", True, _horcrux(_s3, "none")),  # type: ignore[arg-type]
+    Peer("Horcrux, scp://, profile", "ssh", True, _horcrux(_scp, "profile")),  # type: ignore[arg-type]
+    Peer("Horcrux, s3://, profile, then all", "s3", True, _horcrux(_s3, "all")),  # type: ignore[arg-type]
 )
 PEERS = (
     Peer("nbdkit curl + cow", "http", True, _curl_cow),
