@@ -40,7 +40,7 @@ def test_it_opens_to_what_the_line_carries() -> None:
 def test_it_closes_where_a_queue_begins() -> None:
     line = Line(0.020, 6)
     window = Window(32, line.clock)
-    assert 4 <= line.rounds(window, 100) <= 12
+    assert 6 <= line.rounds(window, 100) <= 16
 
 
 def test_a_line_that_became_slower_is_learnt() -> None:
