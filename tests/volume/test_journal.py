@@ -142,6 +142,63 @@ def test_within_the_boot_what_came_later_counts(
     again.close()
 
 
+def test_a_flush_of_everything_ends_what_the_journal_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "AFTER", 0)
+    disk = Disk(tmp_path, monkeypatch)
+    layer = Layer.create(tmp_path / "l", ID, IMAGE)
+    small_flushes(layer, 3)
+    put(layer, 10, seed="newer")
+    put(layer, 500, MOST + 1)
+    layer.flush()
+    die(layer)
+    disk.cut(random.Random(1))
+    again = Layer(tmp_path / "l", ID, IMAGE).open()
+    assert get(again, 10) == noise(BLOCK, (10, "newer"))
+    again.close()
+
+
+def test_a_mark_that_comes_after_a_flush_of_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer's flush falls between the two; the next small flush has to know the block."""
+    monkeypatch.setattr(journal, "AFTER", 0)
+    disk = Disk(tmp_path, monkeypatch)
+    layer = Layer.create(tmp_path / "l", ID, IMAGE)
+    layer.write(5 * BLOCK, noise(BLOCK, 5))
+    layer.settle()
+    layer.mark(5, 1, DATA)
+    put(layer, 9)
+    layer.flush()
+    die(layer)
+    disk.cut(random.Random(1))
+    again = Layer(tmp_path / "l", ID, IMAGE).open()
+    assert [again.blocks.state(block) for block in (5, 9)] == [DATA, DATA]
+    assert get(again, 5) == noise(BLOCK, 5)
+    again.close()
+
+
+def test_the_first_flush_after_a_death_syncs_what_no_list_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "AFTER", 0)
+    disk = Disk(tmp_path, monkeypatch)
+    layer = Layer.create(tmp_path / "l", ID, IMAGE)
+    put(layer, 1)
+    layer.settle()
+    layer.write(BLOCK, noise(BLOCK, "in place, acknowledged"))
+    die(layer)
+    layer = Layer(tmp_path / "l", ID, IMAGE).open()
+    put(layer, 50)
+    layer.flush()
+    die(layer)
+    disk.cut(random.Random(1))
+    again = Layer(tmp_path / "l", ID, IMAGE).open()
+    assert get(again, 1) == noise(BLOCK, "in place, acknowledged")
+    again.close()
+
+
 def test_zeros_are_never_left_to_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
