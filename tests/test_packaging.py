@@ -158,6 +158,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"horcrux_nbd/plugin.py", "horcrux_nbd/py.typed", "horcrux_driver/main.py"} <= names
+    assert {"horcrux_nbd/native/filter.c", "horcrux_nbd/native/core.h"} <= names, "to be built"
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"horcrux_nbd", "horcrux_driver", f"horcrux_nbd-{__version__}.dist-info"}

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from horcrux_nbd.server import filters, plugin_path
 from .common import Bar, Table, cli, in_turn, median_ratio, nbdkit, need, run
 
 TITLE = "Warm path"
-DATA = 512 << 20  # random bytes at the begin of the image: what is read
+DATA = 128 << 20  # random bytes at the begin of the image: what is read
 SIZE = 4 << 30  # of the image; the rest is a hole: what is written
 SECONDS = int(os.environ.get("SECONDS", "2"))
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
@@ -111,10 +112,10 @@ def _pairs(scratch: Path, raw: Path, native: list[str], job: Job) -> list[list[f
         peer = ("file", raw)
     with nbdkit(ours, *native, "python", plugin_path(), *words), nbdkit(theirs, *peer):
         targets = [uri(ours), uri(theirs)]
-        for target in targets:
-            prepare: tuple[str, ...] = ("--rw=read", *READ)
-            if "overwrite" in job.what:
-                prepare = ("--rw=write", "--end_fsync=1", f"--offset={DATA}", "--size=32m")
+        prepare: tuple[str, ...] = ("--rw=read", *READ)
+        if "overwrite" in job.what:
+            prepare = ("--rw=write", "--end_fsync=1", f"--offset={DATA}", "--size=32m")
+        for target in targets if "read" in job.what or "overwrite" in job.what else ():
             for _ in range(2):  # fetched, then found in the cache
                 run("fio", "--name=warm", "--ioengine=nbd", target, "--bs=1m", *prepare)
         return in_turn(
@@ -124,6 +125,7 @@ def _pairs(scratch: Path, raw: Path, native: list[str], job: Job) -> list[list[f
 
 def _row(table: Table, job: Job, a: list[float], b: list[float]) -> None:
     ratio = median_ratio(a, b)
+    print(f"{job.what}, against {job.peer}: {ratio:.2f}", file=sys.stderr)
     table.rows.append((job.what, _figure(a, job), _figure(b, job), job.peer, f"{ratio:.2f} ×",
                        f"{job.asked:.1f} ×"))  # fmt: skip
     table.bars.append(Bar(f"{job.what}, against {job.peer}", job.asked, ratio))
