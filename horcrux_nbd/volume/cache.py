@@ -272,9 +272,10 @@ class Cache:
                 files.publish(path, content, trailer, durable=False, mode=0o600)
             if not meta:
                 with contextlib.suppress(FileNotFoundError):  # evicted by somebody else just now
-                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    _touch(fd)
-                    self._remember(oid, CachedFile(fd, len(content)))
+                    # It closes its descriptor, whatever comes next.
+                    file = CachedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), len(content))
+                    _touch(file.fd)
+                    self._remember(oid, file)
             self._account(len(content) + len(trailer))
         except (OSError, HorcruxError) as error:
             self._cannot_insert(error)

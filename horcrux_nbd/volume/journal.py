@@ -88,7 +88,8 @@ class Journal:
         due when all of that is durable elsewhere. Raises Damaged.
         """
         try:
-            data = self._path.read_bytes()
+            with open(self._path, "rb") as file:
+                data = file.read(SIZE + 1)
         except FileNotFoundError:
             return {}
         header = data[: HEADER.size].ljust(HEADER.size, b"\0")
