@@ -195,7 +195,7 @@ def test_an_ambiguous_id(disk: Disk) -> None:
         seen: dict[str, bytes] = {}
         for number in range(5000):
             made = replace(base, message=f"{number} {now()}")
-            digits = made.id.hex()[:4]
+            digits = repository.form.object_id(Kind.COMMIT, made.encode()).hex()[:4]
             if digits in seen:
                 repository.write_object(Kind.COMMIT, seen[digits])
                 repository.write_object(Kind.COMMIT, made.encode())
