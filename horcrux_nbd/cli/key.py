@@ -142,6 +142,9 @@ def make(file: str) -> None:
     """Write a new random key to FILE, which only its owner can read.
 
     It opens nothing until it is given to `generate --encrypt` or `key add`. Keep a copy.
+
+    \b
+    horcrux-cli key make /root/amcc.key
     """
     from ..repository.keys import make_key_file
 
@@ -190,7 +193,11 @@ def lock(repo: str) -> None:
 @click.argument("repo", type=REPO)
 @output.json_option
 def list_keys(repo: str, as_json: bool) -> None:
-    """List the keys of REPO. Takes no key."""
+    """List the keys of REPO. Takes no key.
+
+    \b
+    horcrux-cli key ls /opt/horcrux-amcc
+    """
     from ..repository.keys import read_slots
 
     with _encrypted(repo) as (store, _):
@@ -254,6 +261,9 @@ def change(
     """Replace a key of REPO: the one that opens with the passphrase or file given.
 
     No object is written anew. Who had the old key may have kept what it opened (docs/security.md).
+
+    \b
+    horcrux-cli key change /opt/horcrux-amcc
     """
     from ..repository.keys import add_slot, make_slot, remove_slot
     from ..repository.keys import unlock as open_keys
@@ -278,6 +288,9 @@ def remove(repo: str, name: str) -> None:
 
     Copies of the repository keep theirs: remove it there too. Who used the key may have kept the
     master key: to keep them out of new versions, make a new repository.
+
+    \b
+    horcrux-cli key rm /opt/horcrux-amcc KEY
     """
     from ..repository.keys import remove_slot
 
@@ -295,6 +308,9 @@ def export(repo: str, file: str, key_file: str | None, passphrase_file: str | No
 
     It opens the repository whatever becomes of its keys, and cannot be taken back. FILE is a
     --key-file to all commands.
+
+    \b
+    horcrux-cli key export /opt/horcrux-amcc /media/safe/amcc.master
     """
     from ..repository.keys import export_master
 

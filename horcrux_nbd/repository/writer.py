@@ -82,16 +82,6 @@ class ObjectWriter:
         """Store an object whose id is known in the background."""
         self._submit(len(plain), lambda: self.write(kind, plain, oid))
 
-    def submit_from(
-        self, kind: Kind, length: int, make: Callable[[], bytes], then: Callable[[bytes], None]
-    ) -> None:
-        """Store the `length` bytes that `make` returns, in the background, and tell `then` the id.
-
-        Both run in the pool, so that reading is as parallel as the rest; `drain` waits for both.
-        """
-
-        self.run(length, lambda: then(self.write(kind, make())))
-
     def run(self, length: int, work: Callable[[], object]) -> None:
         """Do `work`, which holds `length` bytes and writes what it likes, in the pool."""
         self._submit(length, work)

@@ -367,7 +367,7 @@ def test_a_reader_that_fails_ends_it_too(repository: Repository) -> None:
         raise OSError(5, "test: the disk")
 
     with ObjectWriter(repository) as out:
-        out.submit_from(Kind.CHUNK, CHUNK, broken, lambda oid: None)
+        out.run(CHUNK, broken)
         with pytest.raises(OSError, match="the disk"):
             out.barrier()
 
@@ -380,7 +380,9 @@ def test_the_branch_that_moved_meanwhile(repository: Repository, memory: MemoryS
         make_commit(repository, {0: content("theirs")})
         with pytest.raises(BranchMoved):
             publish_commit(out, mine, "main", first, "late")
-    assert object_key(mine.id) in memory.objects  # sent already: `--branch` has less to do
+    assert (
+        object_key(object_id(Kind.COMMIT, mine.encode())) in memory.objects
+    )  # sent already: `--branch` has less to do
 
 
 # ---- removal (docs/format.md, "Removal")
