@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__, config, paths
-from ..errors import HorcruxError, NotFound
+from ..errors import HorcruxError, KeyRequired, NotFound
 from ..units import GiB, format_size
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -311,6 +311,8 @@ def repository(url: str, write: bool) -> Iterator[Finding]:
             yield Finding("repository", OK, f"readable, {count} image{'' if count == 1 else 's'}")
         except NotFound as error:
             yield Finding("repository", WARN, str(error))
+        except KeyRequired as error:
+            yield Finding("repository", WARN, str(error), "horcrux-cli key unlock")
         except HorcruxError as error:
             yield Finding("repository", FAIL, str(error), "horcrux-cli verify tells more")
         if write:
