@@ -24,10 +24,11 @@ from tests.servers.dockerd import Dockerd
 from tests.servers.postgres import Database, acknowledged
 from tests.servers.process import PATIENCE
 
-from .support import FOLDER, DriverProcess, wait_for
+from .support import FOLDER, LIMIT, DriverProcess, wait_for
 
 ROUNDS = 10 if PATIENCE > 1 else 25  # a round takes some seconds under emulation
 LONG_ROUNDS = 500
+LOAD_SECONDS = 100  # of pgbench; a kill under load is a pause of 20 s
 LOOK = 25  # rounds between two looks at what is left
 
 
@@ -192,8 +193,8 @@ def test_nbd_a_database_whose_nbdkit_is_killed(
         "-o", "name=PG", "-o", f"access={database_repository}", "pg",
     )  # fmt: skip
     with database.container(docker, "pg", "db"):
-        inserting = database.inserting(clients=4, seconds=60)
-        for number in range(3):
+        inserting = database.inserting(clients=4, seconds=LOAD_SECONDS)
+        for number in range(2):
             count = database.rows()
             wait_for(lambda count=count: database.rows() > count + 20, "rows")
             killed = server.running("pg")
@@ -205,7 +206,10 @@ def test_nbd_a_database_whose_nbdkit_is_killed(
             assert len(servers()) == 1
             if number == 1:
                 dv.start()
-        written = acknowledged(inserting, 200)
+        assert inserting.poll() is None, "it ended before the last kill"
+        count = database.rows()
+        wait_for(lambda: database.rows() > count + 20, "rows")
+        written = acknowledged(inserting, LOAD_SECONDS + LIMIT)
         assert database.rows() == written > 100
         assert database.query("SELECT count(*) FROM pgbench_accounts") == "100000"
     assert complaints()[len(before) :] == []
