@@ -13,6 +13,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ class Driver:
                 return False
             volume = options.host_name(name)
             if _exists(volume):
-                _check_same(volume, wanted)
+                if given and not wanted.adopt:
+                    _check_same(volume, wanted)
+                else:  # not even what the defaults say
+                    wanted = replace(wanted, adopt=True)
                 log.info("volume %s: taking over the one of this host", name)
             else:
                 self._make(name, volume, wanted)
@@ -186,6 +190,7 @@ class Driver:
                 f"volume {record.name} is mounted on {there[0].target} already: "
                 f"`horcrux-cli umount {record.volume}` first"
             )
+        files.make_folder(target.parent, 0o700)  # files of any mode are in there
         files.make_folder(target, 0o700)
         settings = config.load()
         host.mount(
@@ -330,8 +335,6 @@ def _entry(record: Record) -> dict[str, Any]:
 
 def _check_same(volume: str, wanted: options.Options) -> None:
     """Raises UsageError where the volume of this host is not what is wanted."""
-    if wanted.adopt:
-        return
     state = host.load(volume)
     if wanted.size is not None:
         same = state.size == wanted.size and state.image == wanted.image

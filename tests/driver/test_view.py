@@ -37,15 +37,12 @@ def test_exactly_what_was_generated(docker: Dockerd, dv: DriverProcess) -> None:
 
 
 def test_over_a_folder_of_the_image(docker: Dockerd, dv: DriverProcess) -> None:
-    """Docker gives the root folder the owner and mode of the image's folder, unless `nocopy`. It
-    copies no files into a volume that has some.
-    """
+    """Docker leaves a volume that has files as it is, with and without `nocopy`."""
     docker("volume", "create", "-d", dv.name, "vol")
-    look = [IMAGE, "sh", "-c", "stat -c '%u:%g %a' /etc; ls /etc"]
-    found = docker("run", "--rm", "-v", "vol:/etc:nocopy", *look).splitlines()
-    assert found == ["70:70 750", "hello", "private"]
-    found = docker("run", "--rm", "-v", "vol:/etc", *look).splitlines()
-    assert found == ["0:0 755", "hello", "private"]
+    look = [IMAGE, "sh", "-c", "stat -c '%u:%g %a' /tmp; ls /tmp"]
+    for words in ("vol:/tmp:nocopy", "vol:/tmp"):
+        found = docker("run", "--rm", "-v", words, *look).splitlines()
+        assert found == ["70:70 750", "hello", "private"]
 
 
 def test_a_new_volume_takes_the_images_files(docker: Dockerd, dv: DriverProcess) -> None:
@@ -85,7 +82,7 @@ def test_read_only(docker: Dockerd, dv: DriverProcess) -> None:
     assert "Read-only" in docker.fails("exec", "one", "touch", f"{DATA}/x")
     assert docker("exec", "two", "cat", f"{DATA}/hello") == "hello"
     docker("rm", "-f", "one", "two")
-    words = ["-v", "vol:/etc:nocopy", IMAGE, "cat", "/etc/hello"]
+    words = ["-v", "vol:/tmp:nocopy", IMAGE, "cat", "/tmp/hello"]
     assert docker("run", "--rm", *words) == "hello"
     docker("volume", "rm", "vol")
     assert host.names() == []
@@ -144,7 +141,6 @@ def test_a_volume_of_the_command_line(docker: Dockerd, dv: DriverProcess) -> Non
         "run", "--rm", "--volume-driver", dv.name, "-v", f"mine:{DATA}", IMAGE, "true"
     )
     run("umount", "mine")
-    docker("rm", *docker("ps", "-aq").split())
     words = ["--volume-driver", dv.name, "-v", f"mine:{DATA}", IMAGE, "cat", f"{DATA}/note"]
     assert docker("run", "--rm", *words) == "kept"
     said = dv.error("Create", Name="mine", Opts={"ref": "v9"})
