@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ class DockerAway(HorcruxError):
 
 
 class Containers:
-    """The Docker API at `host` (`$DOCKER_HOST`, or the usual socket). Connects when it is asked.
+    """The Docker API at `host` (`$DOCKER_HOST`, or the usual socket).
 
     Asks for containers only, never for volumes: for those Docker would ask the volume driver, which
     may be who asks here.
@@ -34,8 +33,6 @@ class Containers:
     def __init__(self, host: str | None = None, timeout: float = TIMEOUT) -> None:
         self.host = host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
         self._timeout = timeout
-        self._lock = threading.Lock()
-        self._client: Any = None
 
     def using(self, wanted: Callable[[Entry], bool], **filters: Any) -> list[Entry]:
         """The containers that have a mount which is `wanted` now. Raises DockerAway."""
@@ -59,17 +56,14 @@ class Containers:
 
     def _ask(self, what: str, *arguments: Any, **options: Any) -> Any:
         try:
-            with self._lock:
-                if self._client is None:
-                    self._client = self._connect()
-                client = self._client
-            return getattr(client, what)(*arguments, **options)
+            # A connection of its own, closed after it: the library's pool keeps one more for each
+            # thread, and a driver lives for months.
+            with contextlib.closing(self._connect()) as client:
+                return getattr(client, what)(*arguments, **options)
         except HorcruxError:
             raise
         # Whatever the library and the HTTP below it raise.
         except Exception as error:
-            with self._lock:
-                self._client = None
             raise DockerAway(f"Docker on {self.host} does not answer: {error}") from error
 
     def _connect(self) -> Any:
