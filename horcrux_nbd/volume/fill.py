@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..chunkstore.limit import Bandwidth
-from ..errors import HorcruxError
+from ..errors import Damaged, HorcruxError
 from ..repository.index import FANOUT, FANOUT_BITS
 from .base import Base
 from .demand import Demand
@@ -150,6 +150,8 @@ class Filler:
                         full.set()
                         return
                     self._fetch(number)
+                except Damaged as error:  # whoever reads it is told; the others are not its fault
+                    log.warning("prefetch: %s", error)
                 except HorcruxError as error:
                     failed.append(error)
 

@@ -106,8 +106,8 @@ def main(scratch: Path) -> Table:
                         f"{statistics.median(c.fetched for c in contacts) / size:.2%}",
                     )
                 )
-            if line is BY_NAME["region"]:
-                table.bars += bars(found, size)
+        if line is BY_NAME["region"]:
+            table.bars += bars(found, size)
     table.notes.append(
         f"Medians of {ROUNDS} rounds, the programs in turn; everything cold each time. From making "
         "the volume to the answer: attach, mount, start of PostgreSQL, one query by primary key."
