@@ -43,6 +43,14 @@ def test_it_closes_where_a_queue_begins() -> None:
     assert 6 <= line.rounds(window, 100) <= 16
 
 
+def test_it_shrinks_where_others_come_onto_the_line() -> None:
+    line = Line(0.020, 1000)
+    window = Window(32, line.clock)
+    line.rounds(window, 20)
+    line.carries = 4
+    assert line.rounds(window, 60) <= 12
+
+
 def test_a_line_that_became_slower_is_learnt() -> None:
     line = Line(0.005, 1000)
     window = Window(32, line.clock)
