@@ -267,9 +267,9 @@ class Forgetful:
                 if kept(when):
                     node.page_reaches_disk(page)
             if node.size != node.disk_size and kept(node.sized):
-                node.disk_size = node.size
-                if chance.random() < 0.2:  # a part of a longer end
-                    node.disk_size = chance.randrange(node.size + 1)
+                durable, node.disk_size = node.disk_size, node.size
+                if chance.random() < 0.2 and durable < node.size:  # a part of a longer end
+                    node.disk_size = chance.randrange(durable, node.size + 1)
         self._start_from_disk()
 
     def _start_from_disk(self) -> None:
