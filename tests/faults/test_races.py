@@ -19,6 +19,7 @@ from horcrux_nbd.repository.repository import Repository
 from horcrux_nbd.repository.verify import verify
 
 from ..repository.images import CHUNK
+from ..servers.answering import answering
 from ..servers.moto_s3 import S3Server
 from ..servers.nbdkit import MISSING, Nbdkit, available, connected
 from ..servers.proxy import Network, proxy
@@ -53,7 +54,9 @@ def place(kind: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[P
     s3: S3Server = request.getfixturevalue("s3" if kind == "s3" else "ceph_server")
     if kind == "ceph":
         s3.enter(request.getfixturevalue("monkeypatch"))
-    with proxy(s3.port) as network:
+    with contextlib.ExitStack() as stack:
+        port = s3.port if kind == "ceph" else stack.enter_context(answering(s3.port)).port
+        network = stack.enter_context(proxy(port))
         yield Place(s3.url(s3.make_bucket(), "store", network.port), network)
 
 

@@ -1,5 +1,8 @@
 """An HTTP server in front of an S3 server that answers with any status instead of passing on.
 
+Conditional puts go through one at a time: moto looks and then puts, so that of two at once both may
+win, which no S3 server may let happen (Ceph does not).
+
 with answering(s3.port) as server:
     server.status = 503      # 0: pass on to the real one
 """
@@ -31,6 +34,7 @@ class Answering:
         self.status = 0
         self.port = 0
         self.answered = 0
+        self.conditional = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -53,7 +57,8 @@ def answering(target: int) -> Iterator[Answering]:
                 self._answer(made.status, [("Content-Type", "application/xml")], text)
                 return
             connection = http.client.HTTPConnection("127.0.0.1", made.target, timeout=30)
-            with contextlib.closing(connection):
+            alone = made.conditional if "If-None-Match" in self.headers else None
+            with contextlib.closing(connection), alone or contextlib.nullcontext():
                 connection.request(self.command, self.path, body or None, dict(self.headers))
                 answer = connection.getresponse()
                 self._answer(answer.status, answer.getheaders(), answer.read())
