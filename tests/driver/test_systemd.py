@@ -102,7 +102,7 @@ def test_a_restart_keeps_what_serves_volumes(volume: str, tmp_path: Path) -> Non
         timeout=LIMIT,
     )
     script = "while echo x >>/data/lines; do sleep 0.2; done; echo failed"
-    command("docker", "run", "-d", "--name", "w", "--network=none", "-v", "vol:/data", "bb",
+    command("docker", "run", "-d", "--name", "writer", "--network=none", "-v", "vol:/data", "bb",
             "/bin/sh", "-c", script)  # fmt: skip
     serving = server.running("vol")
     assert serving is not None
@@ -134,7 +134,7 @@ def test_a_restart_keeps_what_serves_volumes(volume: str, tmp_path: Path) -> Non
     goes_on()
     assert Process.of(serving.pid) == serving.process
     # Docker's next call starts it again.
-    command("docker", "rm", "-f", "w")
+    command("docker", "rm", "-f", "writer")
     assert server.running("vol") is None
     command("systemctl", "-q", "is-active", "horcrux-dv")
     command("docker", "volume", "rm", "vol")
