@@ -84,7 +84,8 @@ def generate(
     head = repository.refs.head(image, branch)
     parent = head.commit if head else None
     old = repository.read_commit(parent) if parent else None
-    if old is None and head is None and repository.refs.branches(image):
+    # Not any that is listed: a first record that could not be stored may leave its folder behind.
+    if old is None and head is None and repository.refs.heads(image):
         raise NotFound(f"image {image} has no branch {branch!r}: make it from a version first")
     if old is not None and chunk_size is not None:
         check_same_chunks(old, chunk_size)

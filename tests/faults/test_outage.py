@@ -181,7 +181,7 @@ def outage(store: Store, how: str, folder: Path, limit: float, length: float) ->
                     if how in AT_ONCE:
                         assert seconds < HERE
                     else:
-                        assert 0.3 * limit < seconds < 1.25 * limit + 2.5, seconds
+                        assert 0.2 * limit < seconds < 1.25 * limit + 2.5, seconds
             assert seconds_of
             told["EIO after, at most"] = max(seconds_of)
         back = time.monotonic()

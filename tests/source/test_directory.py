@@ -24,7 +24,7 @@ from horcrux_nbd.source.tree import Tree
 from horcrux_nbd.units import GiB, MiB
 
 from .conftest import needs_root
-from .trees import describe, mounted, write_image
+from .trees import describe, mounted, open_to_all, write_image
 
 
 def check(image: Path) -> None:
@@ -244,8 +244,7 @@ def test_no_room_for_a_file_system(tmp_path: Path, size: int) -> None:
 @needs_root
 def test_without_any_rights(tmp_path: Path) -> None:
     """The whole way in, as a user: no root, no mount, no loop device."""
-    for folder in [tmp_path, *tmp_path.parents][:3]:
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_bytes(b"x" * 10_000)
     (tmp_path / "own").mkdir()

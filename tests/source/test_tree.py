@@ -13,6 +13,7 @@ from horcrux_nbd.source.tools import run_tool
 from horcrux_nbd.source.tree import Tree, show
 
 from .conftest import needs_root
+from .trees import open_to_all
 
 
 def test_order_is_that_of_names_directory_by_directory(tmp_path: Path) -> None:
@@ -61,8 +62,7 @@ def test_unreadable_files_are_all_counted(tmp_path: Path) -> None:
         (tmp_path / f"secret{number}").write_bytes(b"x")
         (tmp_path / f"secret{number}").chmod(0o600)
     (tmp_path / "folder").mkdir(mode=0o700)
-    for folder in [tmp_path, *tmp_path.parents][:3]:
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     os.seteuid(65534)
     try:
         with pytest.raises(UsageError) as error:

@@ -16,7 +16,7 @@ from horcrux_nbd.source.tree import Tree
 from horcrux_nbd.units import GiB, MiB
 
 from .conftest import needs_root
-from .trees import describe, mounted, write_image
+from .trees import describe, mounted, open_to_all, write_image
 
 pytestmark = [
     pytest.mark.skipif(
@@ -93,8 +93,7 @@ def test_too_small(tmp_path: Path) -> None:
 
 @needs_root
 def test_not_without_rights(tmp_path: Path) -> None:
-    for folder in [tmp_path, *tmp_path.parents][:3]:
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     os.seteuid(65534)
     try:
         with pytest.raises(EnvironmentProblem, match="root"):

@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,15 @@ BEFORE_1970 = -1_000_000_000_000_000_001 + 5
 
 LONG_NAME = b"n" * 255
 ODD_NAMES = [b"new\nline", b"quote'\"`$", b"\xff\xfe not utf-8", b" ", b"-rf", "ünï".encode()]
+
+
+def open_to_all(folder: Path) -> None:
+    """Let other users into a folder of pytest's."""
+    temporary = Path(tempfile.gettempdir())
+    for one in (folder, *folder.parents):
+        if one == temporary or temporary not in one.parents:
+            return
+        one.chmod(0o755)
 
 
 def make_tree(root: Path) -> None:

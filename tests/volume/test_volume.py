@@ -494,7 +494,7 @@ def test_closing_lets_go_of_all_whatever_fails(
         volume = Volume.open(folder, cache=tmp_path / "cache")
         assert volume.overlay is not None
         target, name = {
-            "flush": (volume.overlay, "flush"),
+            "flush": (volume.overlay, "settle"),
             "base": (volume.base, "close"),
             "cache": (volume.base._cache, "_account"),
         }[step]
