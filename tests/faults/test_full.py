@@ -349,8 +349,8 @@ def test_a_cache_smaller_than_a_chunk(tmp_path: Path) -> None:
 
 @needs_nbdkit
 def test_little_memory(tmp_path: Path) -> None:
-    """What does not fit is an error, the rest is right, and the server lives on; unless nbdkit itself
-    has no memory for a request, and ends.
+    """What does not fit is an error, the rest is right, and the server lives on; unless nbdkit
+    itself has no memory for a request, and ends.
     """
     chunk = 8 * MiB
     content = noise(6 * chunk, "image")
@@ -380,6 +380,6 @@ def test_little_memory(tmp_path: Path) -> None:
             if server.process.poll() is not None:
                 assert memory == 400, "nbdkit ends where there is next to nothing"
                 assert server.process.returncode == 1
-                assert "malloc: Cannot allocate memory" in server.said
+                assert "malloc: Cannot allocate memory" in server.said()
             right = found["right"]
     assert right == 24, "with 2,000 MiB all of it"
