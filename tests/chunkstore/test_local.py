@@ -42,6 +42,13 @@ def test_objects_are_plain_files(store: LocalStore, root: Path) -> None:
     assert store.get("objects/ab/ef") == b"2"
 
 
+def test_a_ref_never_precedes_its_objects(store: LocalStore, root: Path) -> None:
+    """An exclusive put is there at once, and all that was put before it."""
+    store.put("objects/ab/cd", b"1")
+    store.put_exclusive("refs/x/heads/main/9", b"2")
+    assert (root / "objects/ab/cd").read_bytes() == b"1"
+
+
 def test_a_put_leaves_nothing_beside_it(store: LocalStore, root: Path) -> None:
     store.put("a/b", b"1")
     store.put("a/b", b"2")

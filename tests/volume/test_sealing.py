@@ -55,6 +55,33 @@ def test_what_is_frozen_is_what_was_written_before(volume: Volume, folder: Path)
         volume.freeze(pending())
 
 
+def test_a_write_under_way_is_waited_for(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen layer never changes: a write that began before is in it, or in the next."""
+    assert volume.overlay is not None
+    layer = volume.overlay.layers[0]
+    inside, go_on, frozen = threading.Event(), threading.Event(), threading.Event()
+    original = layer.write
+
+    def held_up(offset: int, data: memoryview) -> None:
+        inside.set()
+        assert go_on.wait(30)
+        original(offset, data)
+
+    monkeypatch.setattr(layer, "write", held_up)
+    writer = threading.Thread(target=write, args=(volume, 0, noise(BLOCK, "new")))
+    writer.start()
+    assert inside.wait(30)
+    freezer = threading.Thread(target=lambda: (volume.freeze(pending()), frozen.set()))
+    freezer.start()
+    early = frozen.wait(0.5)
+    go_on.set()
+    writer.join(30)
+    freezer.join(30)
+    assert frozen.is_set()
+    assert not early, "frozen while somebody wrote to the layer"
+    assert read(volume, 0, BLOCK) == noise(BLOCK, "new")
+
+
 def test_an_abandoned_commit_never_was(volume: Volume, folder: Path) -> None:
     write(volume, 100, b"before")
     volume.freeze(pending())
