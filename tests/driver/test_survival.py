@@ -26,7 +26,7 @@ from tests.servers.process import PATIENCE
 
 from .support import FOLDER, LIMIT, DriverProcess, wait_for
 
-ROUNDS = 10 if PATIENCE > 1 else 25  # a round takes some seconds under emulation
+ROUNDS = 5 if PATIENCE > 1 else 25  # a round takes some seconds under emulation
 LONG_ROUNDS = 500
 LOAD_SECONDS = 100  # of pgbench; a kill under load is a pause of 20 s
 LOOK = 25  # rounds between two looks at what is left
