@@ -26,13 +26,18 @@ _session = pytest.StashKey[str]()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than 20 s; scripts/test runs it last")
     config.addinivalue_line("markers", "long: minutes; only with --long")
-    token = config.stash[_session] = secrets.token_hex(8)
-    os.environ[MARK] = token
+    # Workers of pytest-xdist have their parent's mark: it looks when all of them have ended.
+    token = os.environ[MARK] if _is_worker(config) else secrets.token_hex(8)
+    config.stash[_session] = os.environ[MARK] = token
     # For what fixtures of a wider scope start. Never a real place, so a test that forgets to set
     # its own up fails instead of touching this host's state.
     for name in ("ROOT", "RUN", "CONFIG"):
         os.environ[f"HORCRUX_{name}"] = f"/nonexistent/horcrux-tests/{name.lower()}"
     os.environ["HORCRUX_AUTHOR"] = "Test <test@example.org>"
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,6 +84,8 @@ def encrypted_repositories(
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if _is_worker(session.config):
+        return
     token = session.config.stash[_session]
     base = str(session.config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
     deadline = time.monotonic() + ENDING
