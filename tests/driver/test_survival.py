@@ -167,6 +167,8 @@ def database_repository(folder: None) -> Path:
     if not postgres.available():
         pytest.skip(postgres.MISSING)
     place = FOLDER / "database"  # where PostgreSQL, a user of its own, can go
+    if (place / "repository").exists():  # tests/driver/test_examples.py has this fixture too
+        return place / "repository"
     place.mkdir()
     Database(place).make(place / "data")
     run("generate", "-q", "--size", "1G", "PG", place / "data", place / "repository")
